@@ -1,0 +1,97 @@
+// 64-byte vectors in the compiler's own vector extension: the compiler lowers them to AVX-512, to two
+// AVX2 or to four SSE/NEON registers, so one source serves every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace pyelastic {
+namespace {  // one copy per instruction set, see dtype.h
+
+template <class T>
+struct VecOf;
+
+template <>
+struct VecOf<float> {
+  typedef float V __attribute__((vector_size(64)));
+  typedef std::int32_t I __attribute__((vector_size(64)));
+  static constexpr int lanes = 16;
+};
+
+template <>
+struct VecOf<double> {
+  typedef double V __attribute__((vector_size(64)));
+  typedef std::int64_t I __attribute__((vector_size(64)));
+  static constexpr int lanes = 8;
+};
+
+template <class T>
+using Vec = typename VecOf<T>::V;
+
+template <class T>
+inline Vec<T> load_vec(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+inline void store_vec(T* p, const Vec<T>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// Sum of the lanes in a fixed order, in double.
+template <class T>
+inline double sum_lanes(const Vec<T>& v) {
+  double sum = 0;
+  for (int l = 0; l < VecOf<T>::lanes; ++l) sum += static_cast<double>(v[l]);
+  return sum;
+}
+
+// 2^x. Relative error below 2 ulp for x in the type's normal range of exponents; exactly 0 below it;
+// NaN stays NaN. The caller keeps x below the largest exponent.
+// Method: x = n + r with n the nearest integer (by adding 1.5 * 2^mantissa, which leaves n in the low
+// bits), 2^r by its Taylor polynomial on [-1/2, 1/2], 2^n by building the exponent field.
+inline Vec<float> exp2_vec(const Vec<float>& x) {
+  using V = Vec<float>;
+  using I = VecOf<float>::I;
+  const V shifted = x + 12582912.0f;
+  const V r = x - (shifted - 12582912.0f);
+  V p = r * 1.5403530393381609e-4f + 1.3333558146428443e-3f;
+  p = p * r + 9.6181291076284772e-3f;
+  p = p * r + 5.5504108664821580e-2f;
+  p = p * r + 2.4022650695910071e-1f;
+  p = p * r + 6.9314718055994531e-1f;
+  p = p * r + 1.0f;
+  const I exponent = ((I)shifted << 23) + 0x3f800000;
+  const V result = p * (V)exponent;
+  return x < -126.0f ? V{} : result;
+}
+
+inline Vec<double> exp2_vec(const Vec<double>& x) {
+  using V = Vec<double>;
+  using I = VecOf<double>::I;
+  const V shifted = x + 6755399441055744.0;
+  // ln2^k / k!, k = 13 .. 1: the remainder at |r| = 1/2 is 1e-17.
+  const V r = x - (shifted - 6755399441055744.0);
+  V p = r * 1.3691488853904128e-12 + 2.5678435993488202e-11;
+  p = p * r + 4.4455382718708114e-10;
+  p = p * r + 7.0549116208011233e-9;
+  p = p * r + 1.0178086009239699e-7;
+  p = p * r + 1.3215486790144309e-6;
+  p = p * r + 1.5252733804059840e-5;
+  p = p * r + 1.5403530393381609e-4;
+  p = p * r + 1.3333558146428443e-3;
+  p = p * r + 9.6181291076284772e-3;
+  p = p * r + 5.5504108664821580e-2;
+  p = p * r + 2.4022650695910071e-1;
+  p = p * r + 6.9314718055994531e-1;
+  p = p * r + 1.0;
+  const I exponent = ((I)shifted << 52) + 0x3ff0000000000000;
+  const V result = p * (V)exponent;
+  return x < -1022.0 ? V{} : result;
+}
+
+}  // namespace
+}  // namespace pyelastic
