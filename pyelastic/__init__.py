@@ -1,0 +1,35 @@
+"""Fused training kernels for PyTorch. Names load on first use: importing the package imports no kernel."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "BackendError": "pyelastic._dispatch",
+    "MarginSoftmaxAux": "pyelastic.ops.margin_softmax",
+    "backends": "pyelastic._dispatch",
+    "margin_softmax": "pyelastic.ops.margin_softmax",
+    "sample_classes": "pyelastic.ops.margin_softmax",
+    "use_backend": "pyelastic._dispatch",
+}
+_MODULES = ("margins", "nn", "ops")
+
+__all__ = ["__version__", *_NAMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"pyelastic.{name}")
+    elif name == "__version__":
+        value = importlib.import_module("importlib.metadata").version("pyelastic")
+    else:
+        raise AttributeError(f"module 'pyelastic' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

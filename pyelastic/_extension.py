@@ -1,0 +1,90 @@
+"""Loads the compiled module ``pyelastic._C`` and says what state it is in: built, not built, or broken.
+
+``_build.json``, written by the build beside it, carries the reason where there is no module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pyelastic._dispatch import BackendError
+
+_MEND = "reinstall with a C++17 compiler: pip install --force-reinstall --no-deps pyelastic"
+
+
+@dataclass(frozen=True)
+class State:
+    """``status`` is 'built', 'not built' or 'broken'; ``reason`` and the command that mends it unless built."""
+
+    status: str
+    reason: str = ""
+    mend: str = ""
+
+
+_loaded: tuple[ModuleType | None, State] | None = None
+
+
+def build_metadata() -> dict[str, Any]:
+    """What the build wrote down about itself, {} if nothing."""
+    path = Path(__file__).with_name("_build.json")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _share_openmp(module: ModuleType) -> None:
+    """Hand the OpenMP entry point that torch's wheel loaded to our kernels (see csrc/common/parallel.h)."""
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return  # another OpenMP runtime: the kernels start threads of their own
+    module.use_openmp(ctypes.cast(entry, ctypes.c_void_p).value)
+
+
+def _load() -> tuple[ModuleType | None, State]:
+    if importlib.util.find_spec("pyelastic._C") is None:
+        reason = build_metadata().get("not_built") or "pyelastic was installed without its compiled module"
+        return None, State("not built", reason, _MEND)
+    try:
+        module = importlib.import_module("pyelastic._C")
+        module.isa()
+        _share_openmp(module)
+    except Exception as error:  # whatever a foreign loader raises is a reason, not a crash
+        return None, State("broken", f"{type(error).__name__}: {error}", _MEND)
+    return module, State("built")
+
+
+def _once() -> tuple[ModuleType | None, State]:
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def state() -> State:
+    """The state of the compiled module; loads it at the first call."""
+    return _once()[1]
+
+
+def why_not() -> str | None:
+    """One sentence, or None if the module is there."""
+    current = state()
+    if current.status == "built":
+        return None
+    return f"the compiled module is {current.status} ({current.reason}); {current.mend}"
+
+
+def load() -> Any:
+    """The module. Raises BackendError with the reason and the command that mends it."""
+    module, _ = _once()
+    if module is None:
+        raise BackendError(f"pyelastic: {why_not()}")
+    return module

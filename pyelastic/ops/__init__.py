@@ -1,0 +1,3 @@
+"""One readable file per op; importing this package registers every op and its backends."""
+
+from pyelastic.ops import margin_softmax as margin_softmax
