@@ -1,7 +1,8 @@
 """Drives CMake: environment -> CMake options, nothing else. The build is described in CMakeLists.txt.
 
-Variables: PYELASTIC_CUDA (AUTO, ON, OFF), PYELASTIC_CUDA_ARCHS ("80,90a"), TORCH_CUDA_ARCH_LIST ("8.0 9.0a", used if the former is
-unset), PYELASTIC_REQUIRE_EXTENSION=1 (fail instead of installing pure Python where no compiler exists), MAX_JOBS, CXX.
+Variables: PYELASTIC_CUDA (AUTO, ON, OFF), PYELASTIC_CUDA_ARCHS ("80,90a"), TORCH_CUDA_ARCH_LIST ("8.0 9.0a", used if
+the former is unset), PYELASTIC_REQUIRE_EXTENSION=1 (fail instead of installing pure Python where no compiler exists),
+MAX_JOBS, CXX.
 """
 
 import json
@@ -44,7 +45,9 @@ def cuda_archs() -> str:
 def cxx_compiler() -> str | None:
     """The C++ compiler, or None if this machine has none at all."""
     named = os.environ.get("CXX")
-    return shutil.which(named.split()[0]) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if named:
+        return shutil.which(named.split()[0])
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 class CMakeBuild(build_ext):
@@ -81,13 +84,11 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs: the module and its metadata, whichever were built."""
+        built = Path(self.build_lib) / "pyelastic"
         for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name)) if not self.inplace else None
-            source = Path(self.build_lib) / "pyelastic"
-            for path in (source / Path(self.get_ext_filename(ext.name)).name, source / "_build.json"):
-                if built is not None or path.exists():
-                    if path.exists():
-                        shutil.copyfile(path, ROOT / "pyelastic" / path.name)
+            for name in (Path(self.get_ext_filename(ext.name)).name, "_build.json"):
+                if (built / name).exists():
+                    shutil.copyfile(built / name, ROOT / "pyelastic" / name)
 
 
 setup(ext_modules=[Extension("pyelastic._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,8 +1,8 @@
 """One dispatcher for all ops: every backend says itself why it cannot run a call.
 
-Precedence of the request: argument > ``use_backend(...)`` > ``PYELASTIC_BACKEND`` > auto. Auto takes the first backend, in
-the op's order for the tensor's device, whose ``why_not`` is None. Nothing here reads tensor data, and ``resolve`` is plain
-Python on metadata, so it can be traced by ``torch.compile(fullgraph=True)``.
+Precedence of the request: argument > ``use_backend(...)`` > ``PYELASTIC_BACKEND`` > auto. Auto takes the first
+backend, in the op's order for the tensor's device, whose ``why_not`` is None. Nothing here reads tensor data, and
+``resolve`` is plain Python on metadata, so it can be traced by ``torch.compile(fullgraph=True)``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class BackendError(RuntimeError):
 class Backend:
     """One implementation of an op.
 
-    ``why_not(call)`` is a sentence that says why this backend cannot run the call, or None. The other fields describe it
-    in ``python -m pyelastic.info --matrix``.
+    ``why_not(call)`` is a sentence that says why this backend cannot run the call, or None. The other fields
+    describe it.
     """
 
     name: str
@@ -153,7 +153,8 @@ def resolve(op: str, call: Any, backend: str = "auto") -> Backend:
         chosen = entry.backends[name]
         reason = chosen.why_not(call)
         if reason is not None:
-            hint = f" or {call.dtype_argument}.float()" if reason.startswith(f"{call.dtype_argument} is float64") else ""
+            double = reason.startswith(f"{call.dtype_argument} is float64")
+            hint = f" or {call.dtype_argument}.float()" if double else ""
             raise BackendError(
                 f"{op}: backend '{name}' cannot run this call: {reason}. Use backend='eager'{hint}."
             )

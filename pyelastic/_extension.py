@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from pyelastic._dispatch import BackendError
 
 _MEND = "reinstall with a C++17 compiler: pip install --force-reinstall --no-deps pyelastic"
@@ -74,6 +76,7 @@ def state() -> State:
     return _once()[1]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what a compiled region asks for while it is traced
 def why_not() -> str | None:
     """One sentence, or None if the module is there."""
     current = state()

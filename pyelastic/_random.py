@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyelastic import _library
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -25,11 +27,7 @@ def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: int | Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (as int64 tensors, the shape of ``counters``) per 64-bit counter.
-
-    ``seed``: a non-negative integer below 2^63, or a 0-d int64 tensor of one (no synchronisation).
-    """
+def _philox(seed: Tensor, counters: Tensor) -> Tensor:
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = counters & _MASK, (counters >> 32) & _MASK
     c2 = c3 = torch.zeros_like(counters)
@@ -38,7 +36,24 @@ def philox(seed: int | Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return torch.stack((c0, c1, c2, c3))
+
+
+# An op of its own: inductor would inline ten rounds, each reading the last twice, and never finish compiling.
+_op = _library.define(
+    "philox", "eager", "(Tensor seed, Tensor counters) -> Tensor", _philox,
+    lambda seed, counters: counters.new_empty(4, *counters.shape),
+)  # fmt: skip
+
+
+def philox(seed: int | Tensor, counters: Tensor) -> tuple[Tensor, ...]:
+    """Four 32-bit words (as int64 tensors, the shape of ``counters``) per 64-bit counter.
+
+    ``seed``: a non-negative integer below 2^63, or a 0-d int64 tensor of one (no synchronisation).
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    words: Tensor = _op(seed, counters)
+    return words.unbind(0)
 
 
 def normal(seed: int | Tensor, counters: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Triton kernels of pyelastic. Imported only as ``pyelastic.triton_kernels``: the bare name belongs to another package."""
+"""Triton kernels of pyelastic, imported only as ``pyelastic.triton_kernels``: the bare name is another package's."""

@@ -45,7 +45,8 @@ def statistics_dtype(embeddings: Tensor) -> torch.dtype:
 def normalize(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows over their Euclidean norm; a row without direction becomes zero, with a zero gradient."""
     rows = rows.to(dtype)
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    # Summed in double: the squares of a float32 row of norm 1e19 overflow.
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64).to(dtype)
     short = norm <= ZERO_NORM
     return torch.where(short, 0.0, rows / torch.where(short, 1.0, norm))
 

@@ -23,6 +23,9 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 # Bytes of the tile of cosines and of one chunk of normalised class rows. Small enough to stay in the L2/L3 share of
 # a core, large enough for the BLAS: measured flat between 2 and 8 MiB, docs/ops/margin_softmax.md.
 TILE_BYTES = 8 << 20
+# Longest sum that one GEMM may take into dE. A BLAS splits a long sum over its threads, and the bits would depend
+# on their number; MKL was seen to do so from 512 on, at 256 only for B = 1 or D = 1.
+GEMM_DEPTH = 256
 # exp(z) needs no running maximum while sum exp(z) stays inside float32: scale + log(C) < 88.7, some kept in hand.
 CONSTANT_SHIFT_LIMIT = 80.0
 
@@ -190,7 +193,7 @@ def forward(
             max_cos.data_ptr(), cos_target.data_ptr(), online, p.threads,
         )  # fmt: skip
 
-    used, none = p.labels >= 0, p.empty(0)
+    used = p.labels >= 0
     if p.count == 1:  # the only class is the target: what the kernel summed is its mask
         for statistic in zeros.values():
             statistic.zero_()
@@ -200,11 +203,11 @@ def forward(
     return (
         theta,
         lse_neg,
-        zeros["cos"].to(p.dtype) if stats & SUM_COS else none,
+        zeros["cos"].to(p.dtype) if stats & SUM_COS else p.empty(0),
         torch.where(used, rank, -1) if stats & RANK else torch.empty(0, dtype=torch.int64),
-        torch.where(used, _no_negative(max_cos), 0.0).to(p.dtype) if stats & RANK else none,
-        (zeros["sq"] / safe.square()).to(p.dtype) if stats & MOMENTS else none,
-        (zeros["z"] / safe).to(p.dtype) if stats & MOMENTS else none,
+        torch.where(used, _no_negative(max_cos), 0.0).to(p.dtype) if stats & RANK else p.empty(0),
+        (zeros["sq"] / safe.square()).to(p.dtype) if stats & MOMENTS else p.empty(0),
+        (zeros["z"] / safe).to(p.dtype) if stats & MOMENTS else p.empty(0),
         best,
     )
 
@@ -254,7 +257,9 @@ def backward(
         p.call("gradient", *p.tile_arguments(chunk), lse_neg.data_ptr(), grad_lse.data_ptr(),
                _pointer(grad_sum), p.threads)  # fmt: skip
         if need_embeddings:
-            torch.addmm(d_e, chunk.cosines, chunk.rows, out=d_e)
+            for k in range(0, chunk.rows.shape[0], GEMM_DEPTH):
+                part = slice(k, k + GEMM_DEPTH)
+                torch.addmm(d_e, chunk.cosines[:, part], chunk.rows[part], out=d_e)
         if not need_weight:
             continue
         begin, width = chunk.first * subcenters, chunk.classes * subcenters

@@ -6,17 +6,17 @@ With unit rows ``e^_i``, ``w^_j``, cosines ``c_ij = <e^_i, w^_j>``, target angle
     lse_neg_i = log sum_{j != y_i} exp z_ij
     loss_i = softplus(lse_neg_i - z_iy)                           = lse_i - z_iy without its cancellation
 
-Only the target column is bent, so the margin is arithmetic on ``[B]`` vectors left to autograd, and one pair of kernels,
-the *sweep over the negatives*, serves every variant: forward ``(theta, lse_neg)``; backward, from their upstream
-gradients ``g_theta``, ``g_lse``::
+Only the target column is bent, so the margin is arithmetic on ``[B]`` vectors left to autograd, and one pair of
+kernels, the *sweep over the negatives*, serves every variant:
+forward ``(theta, lse_neg)``; backward, from their upstream gradients ``g_theta``, ``g_lse``::
 
     G_ij = g_lse_i s exp(z_ij - lse_neg_i)  (j != y_i)
     dE^ = G W^ - g_theta t,  dW^ = G^T E^ - (g_theta u at row y)  t, u: unit tangents at e^_i and w^_y
     dx = (dx^ - <dx^, x^> x^) / |x|
 
-Shapes: embeddings [B, D], weight [C * subcenters, D], labels [B]. Dtypes: float16, bfloat16, float32 in any mix, computed
-and returned in float32; float64 in float64. Cost: 2 B C D multiply-adds forward, 6 B C D backward; saved for backward: the inputs
-and O(B) floats. Sources: see pyelastic.margins; tangent form and common core, docs/ops/margin_softmax.md.
+Shapes: embeddings [B, D], weight [C * subcenters, D], labels [B]. Dtypes: float16, bfloat16, float32 in any mix,
+computed and returned in float32; float64 in float64. Cost: 2 B C D operations forward, 6 B C D backward; saved for
+backward: the inputs and O(B) floats. Sources: see pyelastic.margins; the common core, csrc/margin_softmax.h.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def margin_softmax(
         values = _margins(margin, margins, labels, dtype, training, seed, row_offset)
         norms = None
         if margin.needs_norms:
-            norms = torch.linalg.vector_norm(embeddings.to(dtype), dim=1)
+            # One cast for both paths: rounding each gradient to 16 bits before they are added would lose digits.
+            embeddings = embeddings.to(dtype)
+            norms = torch.linalg.vector_norm(embeddings, dim=1)
 
         threshold = hard_map = None
         if margin.stresses_negatives:
@@ -182,8 +184,8 @@ def sample_classes(
 ) -> Tensor:
     """Classes for Partial FC [n], sorted: every class in ``labels`` and a random rest (An 2022, arXiv 2203.15565).
 
-    ``n = max(ceil(rate * num_classes), min(B, num_classes))`` depends on shapes alone, so nothing synchronises. Class j's
-    random score is a function of (seed, j): all ranks of a job with one seed choose alike.
+    ``n = max(ceil(rate * num_classes), min(B, num_classes))`` depends on shapes alone, so nothing synchronises.
+    Class j's random score is a function of (seed, j): all ranks of a job with one seed choose alike.
     """
     _errors.check_rank(OP, "labels", labels, 1, "[B]")
     if not 0.0 < rate <= 1.0:
@@ -347,9 +349,9 @@ _BACKWARD = (
 )
 
 
-def _fake_forward(
+def _fake_forward(  # type: ignore[no-untyped-def]
     embeddings, weight, labels, classes, threshold, hard_map, scale, subcenters, stats
-):  # type: ignore[no-untyped-def]
+):
     per_row = embeddings.new_empty(embeddings.shape[0], dtype=statistics_dtype(embeddings))
     none, index = per_row.new_empty(0), labels.new_empty(labels.shape)
 
@@ -368,10 +370,10 @@ def _fake_forward(
     )
 
 
-def _fake_backward(
+def _fake_backward(  # type: ignore[no-untyped-def]
     embeddings, weight, labels, classes, threshold, hard_map, scale, subcenters,
     theta, lse_neg, best, grad_theta, grad_lse, grad_sum, need_embeddings, need_weight,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     d_e = torch.empty_like(embeddings) if need_embeddings else embeddings.new_empty(0, embeddings.shape[1])
     if not need_weight:
         return d_e, weight.new_empty(0, weight.shape[1])
@@ -416,7 +418,7 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         g_theta, g_lse, g_sum = gradients[:3]
         *inputs, theta, lse_neg, best = ctx.saved_tensors
-        embeddings, weight, classes = inputs[0], inputs[1], inputs[3]
+        weight, classes = inputs[1], inputs[3]
         need_e, need_w = ctx.needs_input_grad[2:4]
         d_e, d_w = _Backward.apply(
             ctx.backend, *inputs, ctx.scale, ctx.subcenters, theta, lse_neg, best, g_theta, g_lse,
@@ -426,7 +428,7 @@ class _Sweep(torch.autograd.Function):
             k = ctx.subcenters
             rows = (classes[:, None] * k + torch.arange(k, device=classes.device)).flatten()
             if ctx.sparse_grad:
-                d_w = torch.sparse_coo_tensor(rows[None], d_w, weight.shape, is_coalesced=True)
+                d_w = torch.sparse_coo_tensor(rows[None], d_w, weight.shape, is_coalesced=True, check_invariants=False)
             else:
                 d_w = torch.zeros_like(weight).index_copy(0, rows, d_w)
         return (None, None, d_e if need_e else None, d_w if need_w else None) + (None,) * 7
