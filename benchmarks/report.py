@@ -1,0 +1,73 @@
+"""Tables and the HTML page from results."""
+
+from __future__ import annotations
+
+import html
+import io
+from typing import Any
+
+from benchmarks.harness import median, spread
+
+COLUMNS = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond dW", "% of GEMM peak")
+
+
+def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text per variant, fastest first; a variant without a right result shows why."""
+    ours = median(result["rows"]["pyelastic cpu"].get("step_s", []))
+    table = []
+    for name, row in result["rows"].items():
+        if "failed" in row:
+            table.append((float("inf"), (name, row["failed"], "", "", "", "", "")))
+            continue
+        time = median(row["step_s"])
+        memory = "-" if row["memory"] is None else f"{(row['memory'] - result['gradient_bytes']) / 2**20:.0f}"
+        peak = result["flops"] / time / (machine["gemm_gflop_per_s"] * 1e9)
+        forward = f"{1e3 * median(row['forward_s']):.0f}" if row["forward_s"] else "-"
+        noise = f"{100 * spread(row['step_s']):.0f} %"
+        cells = (name, forward, f"{1e3 * time:.0f}", noise, f"{time / ours:.2f}x", memory)
+        table.append((time, (*cells, f"{100 * peak:.0f} %")))
+    return [cells for _, cells in sorted(table, key=lambda entry: entry[0])]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    text = []
+    for result in results["cases"]:
+        text += [f"\n**{result['case']}**\n", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        text += ["| " + " | ".join(cells) + " |" for cells in lines(result, results["machine"])]
+    return "\n".join(text) + "\n"
+
+
+def _plot(result: dict[str, Any]) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    rows = {name: row for name, row in result["rows"].items() if "failed" not in row}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.5 + 0.4 * len(rows)), sharey=True)
+    left.barh(list(rows), [1e3 * median(row["step_s"]) for row in rows.values()])
+    left.set_xlabel("forward + backward, ms")
+    right.barh(list(rows), [(row["memory"] or 0) / 2**20 for row in rows.values()])
+    right.set_xlabel("peak memory of a step (gradient included), MiB")
+    left.invert_yaxis()
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def page(results: dict[str, Any]) -> str:
+    parts = ["<!doctype html><meta charset='utf-8'><title>pyelastic benchmarks</title>"]
+    parts.append("<style>body{font-family:sans-serif;max-width:75em;margin:auto}")
+    parts.append("td,th{padding:.2em .8em;text-align:right}td:first-child{text-align:left}</style><h1>pyelastic benchmarks</h1><table>")
+    parts += [f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in results["machine"].items()]
+    parts.append("</table><p>Medians of interleaved rounds; spread is the interquartile range. A variant whose loss or")
+    parts.append("gradients fail the float64 oracle shows why instead of a time.</p>")
+    for result in results["cases"]:
+        parts.append(f"<h2>{html.escape(result['case'])}</h2><table><tr>")
+        parts += [f"<th>{column}" for column in COLUMNS]
+        for cells in lines(result, results["machine"]):
+            parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells))
+        parts.append("</table>" + _plot(result))
+    return "\n".join(parts)
