@@ -1,7 +1,8 @@
 """margin_softmax: ArcFace (m = 0.5, s = 64), mean loss, gradients of embeddings and weight, float32.
 
 Variants compute the same loss; ``official`` is the ElasticFace formulation (acos and cos over the whole matrix),
-written from its description. ``GEMMs alone`` is the floor: the 8 B C D operations of a class-chunked step and nothing else.
+written from its description. ``GEMMs alone`` is the floor: the 8 B C D operations of a class-chunked step and nothing
+else.
 """
 
 from __future__ import annotations

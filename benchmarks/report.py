@@ -60,7 +60,8 @@ def _plot(result: dict[str, Any]) -> str:
 def page(results: dict[str, Any]) -> str:
     parts = ["<!doctype html><meta charset='utf-8'><title>pyelastic benchmarks</title>"]
     parts.append("<style>body{font-family:sans-serif;max-width:75em;margin:auto}")
-    parts.append("td,th{padding:.2em .8em;text-align:right}td:first-child{text-align:left}</style><h1>pyelastic benchmarks</h1><table>")
+    parts.append("td,th{padding:.2em .8em;text-align:right}")
+    parts.append("td:first-child{text-align:left}</style><h1>pyelastic benchmarks</h1><table>")
     parts += [f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in results["machine"].items()]
     parts.append("</table><p>Medians of interleaved rounds; spread is the interquartile range. A variant whose loss or")
     parts.append("gradients fail the float64 oracle shows why instead of a time.</p>")
