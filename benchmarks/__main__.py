@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--full] [--rounds N] [--out DIR]``: measure, print tables, write JSON and an HTML page."""
+"""``python -m benchmarks [op ...]``: measure, print tables with a progress line, write JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -6,45 +6,71 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import bench_margin_softmax as bench
 from benchmarks import harness, report
 
+OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
-def main() -> None:
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the sizes of the committed results, and a million classes")
+    parser.add_argument("op", nargs="*", metavar="op", help=f"default: all of {', '.join(OPS)}")
+    parser.add_argument("--full", action="store_true", help="the sizes of the committed results")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip", action="append", default=[], metavar="ROW", help="leave a variant out; repeatable")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    results: dict[str, Any] = {"op": "margin_softmax", "machine": harness.machine(), "cases": []}
+    unknown = set(options.op) - set(OPS)
+    if unknown:
+        parser.error(f"no benchmark of {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
+    return options
+
+
+def _measure(op: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    bench = harness.load(op)
+    results: dict[str, Any] = {"op": op, "machine": harness.machine(options.device), "cases": [], "memory_only": {}}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("start", total=None)
-        for case in bench.FULL if options.full else bench.QUICK:
-            results["cases"].append(
-                harness.measure(case, options.rounds, lambda text: progress.update(task, description=text))
-            )
-        if options.full:
-            progress.update(task, description=f"{bench.MILLION.id}: memory")
-            results["million_classes_step_bytes"] = harness.peak_memory(bench.MILLION, "pyelastic cpu")
-    for result in results["cases"]:
-        table = Table(*report.COLUMNS, title=f"margin_softmax {result['case']}")
-        for cells in report.lines(result, results["machine"]):
-            table.add_row(*cells)
-        console.print(table)
-    if options.full:
-        needed = results["million_classes_step_bytes"] / 2**20
-        console.print(f"C = 1e6, D = 128, B = 256: a step needs {needed:.0f} MiB")
-    harness.save(str(options.out / "margin_softmax.json"), results)
-    (options.out / "margin_softmax.md").write_text(report.markdown(results))
-    (options.out / "index.html").write_text(report.page(results))
-    console.print(f"report: {(options.out / 'index.html').resolve()}")
+
+        def tick(text: str) -> None:
+            progress.update(task, description=f"{op} {text}")
+
+        for case in bench.cases(options.full, options.device):
+            result = harness.measure(bench, case, options.rounds, tick, options.device, tuple(options.skip))
+            results["cases"].append(result)
+        for case in bench.memory_only(options.full):
+            tick(f"{case.id}: memory")
+            results["memory_only"][case.id] = harness.peak_memory(bench, case, bench.OURS[0], options.device)
+    return results
+
+
+def main() -> None:
+    options = _arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    everything = []
+    for op in options.op or OPS:
+        results = _measure(op, options, console)
+        for result in results["cases"]:
+            table = Table(*report.COLUMNS, title=f"{op} {result['case']} on {result['device']}")
+            for cells in report.lines(result, results["machine"]):
+                table.add_row(*cells)
+            console.print(table)
+        for case, needed in results["memory_only"].items():
+            text = "could not run" if needed is None else f"needs {needed / 2**20:.0f} MiB, the gradients included"
+            console.print(f"{op} {case}: a step {text}")
+        harness.save(str(options.out / f"{op}.json"), results)
+        (options.out / f"{op}.md").write_text(report.markdown(results))
+        everything.append(results)
+    page = options.out / "index.html"
+    page.write_text(report.page(everything))
+    console.print(f"report: {page.resolve()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

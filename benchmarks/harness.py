@@ -1,7 +1,11 @@
-"""Interleaved timing, peak memory in fresh processes, machine peaks, and the oracle that admits a variant."""
+"""Interleaved timing, peak memory in fresh processes, machine peaks, and the oracle that admits a variant.
+
+A benchmark is a module ``benchmarks.bench_<op>`` with the members of ``Bench``.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -10,108 +14,175 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks import bench_margin_softmax as bench
-
-# Relative root-mean-square error against float64 that a float32 result may have. The best measured is about 1e-6, and a
-# single dropped class or a 0.01 % scale error in a gradient is above 1e-5.
-ORACLE_RMS = 1e-5
+Inputs = tuple[Tensor, ...]
 
 
-def step(loss: bench.Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward and backward on fresh leaves: loss and both gradients."""
-    embeddings, weight = (x.detach().requires_grad_() for x in inputs[:2])
-    value = loss(embeddings, weight, inputs[2])
+class Case(Protocol):
+    """One problem size."""
+
+    @property
+    def id(self) -> str: ...
+    def flops(self) -> float:
+        """Operations a forward and backward step cannot do without."""
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients a step must return: not counted as a variant's own memory."""
+
+    def inputs(self, seed: int, device: str) -> Inputs: ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the op. ``limit``: relative RMS error against float64 that result and gradients may have."""
+
+    run: Callable[..., Tensor]
+    limit: float
+
+
+class Bench(Protocol):
+    """What a benchmark module provides."""
+
+    OP: str
+    OURS: tuple[str, ...]  # rows of ours, the one to compare with first
+    LEAVES: int  # leading inputs that get gradients
+
+    def cases(self, full: bool, device: str) -> list[Case]: ...
+    def variants(self, case: Case, device: str) -> dict[str, Variant]: ...
+    def truth(self, *inputs: Tensor) -> Inputs:
+        """Result and gradients in float64."""
+
+    def floor(self, *inputs: Tensor) -> None:
+        """The operations no implementation can avoid, alone; its row is called ``floor``."""
+
+
+def load(op: str) -> Any:
+    """The benchmark module of an op."""
+    return importlib.import_module(f"benchmarks.bench_{op}")
+
+
+def step(bench: Any, run: Callable[..., Tensor], inputs: Inputs) -> Inputs:
+    """One forward and backward on fresh leaves: result and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs[: bench.LEAVES]]
+    value = run(*leaves, *inputs[bench.LEAVES :])
     value.backward()
-    assert embeddings.grad is not None and weight.grad is not None
-    return value.detach(), embeddings.grad, weight.grad
+    return (value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))
 
 
-def forward(loss: bench.Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def forward(bench: Any, run: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     """Forward of training: with the graph for a backward that does not come."""
-    embeddings, weight = (x.detach().requires_grad_() for x in inputs[:2])
-    return loss(embeddings, weight, inputs[2]).detach()
+    leaves = [x.detach().requires_grad_() for x in inputs[: bench.LEAVES]]
+    return run(*leaves, *inputs[bench.LEAVES :]).detach()
 
 
-def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
-    """Relative RMS error of loss, dE, dW; NaN where not finite."""
+def errors(got: Inputs, want: Inputs) -> list[float]:
+    """Relative RMS error of the result and of each gradient; NaN where not finite."""
     pairs = zip(got, want, strict=True)
-    return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+    return [float((a.to(b.dtype) - b).norm() / b.norm()) for a, b in pairs]
 
 
-def machine() -> dict[str, Any]:
-    """What was measured on, and its peaks: a large copy (read + write) and a large float32 GEMM."""
-    source, target = torch.randn(1 << 26), torch.empty(1 << 26)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
-    gemm = min(_seconds(lambda: a @ b) for _ in range(5))
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    from pyelastic import _extension
-
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "isa": _extension.load().isa(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "copy_gb_per_s": 2 * source.nbytes / copy / 1e9,
-        "gemm_gflop_per_s": 2 * 2048**3 / gemm / 1e9,
-    }
+def refusal(error: list[float], limit: float) -> str | None:
+    """Why a result may not have its speed reported, or None."""
+    if all(e <= limit for e in error):
+        return None
+    return "ORACLE: relative RMS error " + ", ".join(f"{e:.1e}" for e in error) + f"; limit {limit:.0e}"
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
-def peak_memory(case: bench.Case, name: str) -> int | None:
+def machine(device: str) -> dict[str, Any]:
+    """What was measured on, and its peaks: a large copy (read + write) and a large GEMM."""
+    report: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    size, dtype = (8192, torch.float16) if device == "cuda" else (2048, torch.float32)
+    if device == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+    else:
+        from pyelastic import _extension
+
+        report["cpu"] = platform.processor()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo") as file:
+                names = (line.split(":")[1].strip() for line in file if line.startswith("model name"))
+                report["cpu"] = next(names, report["cpu"])
+        report |= {"threads": torch.get_num_threads(), "isa": _extension.load().isa()}
+    source = torch.randn(1 << 26, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    gemm = min(_seconds(lambda: a @ b, device) for _ in range(5))
+    report["copy_gb_per_s"] = 2 * source.nbytes / copy / 1e9
+    report["gemm_gflop_per_s"] = 2 * size**3 / gemm / 1e9
+    report["gemm_dtype"] = str(dtype).removeprefix("torch.")
+    return report
+
+
+def peak_memory(bench: Any, case: Case, name: str, device: str) -> int | None:
     """Bytes that one step of a variant needs beyond inputs and its own code, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", str(case.batch), str(case.dim), str(case.classes), name]
+    command = [sys.executable, "-m", "benchmarks.memory", bench.OP, case.id, name, device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def measure(case: bench.Case, rounds: int, tick: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    bench: Any, case: Case, rounds: int, tick: Callable[[str], None], device: str = "cpu", skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """All variants of a case. Rounds are interleaved in rotating order on two alternating sets of inputs."""
-    inputs = [case.inputs(seed) for seed in (0, 1)]
+    inputs = [case.inputs(seed, device) for seed in (0, 1)]
     want = bench.truth(*inputs[0])
-    losses = bench.variants(case)
+    variants = {name: v for name, v in bench.variants(case, device).items() if name not in skip}
     rows: dict[str, dict[str, Any]] = {}
-    for name, loss in list(losses.items()):
+    for name, variant in list(variants.items()):
         tick(f"{case.id}: checking {name}")
         try:
             begin = time.perf_counter()
-            got = step(loss, inputs[0])
-            rows[name] = {"first_call_s": time.perf_counter() - begin, "error": errors(got, want)}
-        except Exception as error:  # a peer that cannot run is a result
-            rows[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        if "failed" not in rows[name] and not all(e <= ORACLE_RMS for e in rows[name]["error"]):
-            rows[name]["failed"] = f"ORACLE: relative RMS error of loss, dE, dW {rows[name]['error']}"
-        if "failed" in rows[name]:
-            del losses[name]  # no speed without a right result
+            got = step(bench, variant.run, inputs[0])
+            error = errors(got, want)
+            rows[name] = {"first_call_s": time.perf_counter() - begin, "error": error}
+            reason = refusal(error, variant.limit)
+        except Exception as problem:  # a peer that cannot run is a result
+            rows[name], reason = {}, f"{type(problem).__name__}: {problem}"[:300]
+        if reason is not None:
+            rows[name]["failed"] = reason
+            del variants[name]  # no speed without a right result
         else:
-            rows[name].update(step_s=[], forward_s=[], memory=peak_memory(case, name))
-    rows["GEMMs alone"] = {"step_s": [], "forward_s": [], "memory": None}
-    names = [*losses, "GEMMs alone"]
+            rows[name].update(step_s=[], forward_s=[], memory=peak_memory(bench, case, name, device))
+    rows["floor"] = {"step_s": [], "forward_s": [], "memory": None}
+    names = [*variants, "floor"]
     for i in range(rounds):
         tick(f"{case.id}: round {i + 1}/{rounds}")
         x = inputs[i % 2]
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            if name == "GEMMs alone":
-                rows[name]["step_s"].append(_seconds(lambda x=x: bench.floor(x[0], x[1])))
-            else:
-                loss = losses[name]
-                rows[name]["forward_s"].append(_seconds(lambda loss=loss, x=x: forward(loss, x)))
-                rows[name]["step_s"].append(_seconds(lambda loss=loss, x=x: step(loss, x)))
-    return {"case": case.id, "flops": case.flops(), "gradient_bytes": case.gradient_bytes(), "rows": rows}
+            if name == "floor":
+                rows[name]["step_s"].append(_seconds(lambda x=x: bench.floor(*x), device))
+                continue
+            run = variants[name].run
+            rows[name]["forward_s"].append(_seconds(lambda run=run, x=x: forward(bench, run, x), device))
+            rows[name]["step_s"].append(_seconds(lambda run=run, x=x: step(bench, run, x), device))
+    return {
+        "case": case.id,
+        "device": device,
+        "flops": case.flops(),
+        "gradient_bytes": case.gradient_bytes(),
+        "ours": next((name for name in bench.OURS if "step_s" in rows.get(name, {})), None),
+        "rows": rows,
+    }
 
 
 def median(samples: list[float]) -> float:

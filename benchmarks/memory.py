@@ -1,12 +1,13 @@
-"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory B D C VARIANT`` prints bytes."""
+"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory OP CASE VARIANT DEVICE`` prints bytes."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from benchmarks import bench_margin_softmax as bench
-from benchmarks.harness import step
+import torch
+
+from benchmarks import harness
 
 
 def _status(field: str) -> int:
@@ -16,15 +17,23 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(batch: str, dim: str, classes: str, name: str) -> int:
-    """Peak resident memory of a step above what inputs and a tiny warm-up step of the same code need."""
-    tiny = bench.Case(8, int(dim), 64)
-    step(bench.variants(tiny)[name], tiny.inputs(0))
-    case = bench.Case(int(batch), int(dim), int(classes))
-    loss, inputs = bench.variants(case)[name], case.inputs(0)
+def main(op: str, case_id: str, name: str, device: str) -> int:
+    """Peak memory of a step above what inputs and a tiny warm-up step of the same code need."""
+    bench = harness.load(op)
+    case = bench.case(case_id)
+    tiny = case.tiny()
+    harness.step(bench, bench.variants(tiny, device)[name].run, tiny.inputs(0, device))
+    run, inputs = bench.variants(case, device)[name].run, case.inputs(0, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        harness.step(bench, run, inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
-    step(loss, inputs)
+    harness.step(bench, run, inputs)
     return _status("VmHWM") - before
 
 

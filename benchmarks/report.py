@@ -8,12 +8,16 @@ from typing import Any
 
 from benchmarks.harness import median, spread
 
-COLUMNS = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond dW", "% of GEMM peak")
+COLUMNS = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond gradients", "% of GEMM peak")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row of text per variant, fastest first; a variant without a right result shows why."""
-    ours = median(result["rows"]["pyelastic cpu"].get("step_s", []))
+    ours = median(result["rows"].get(result["ours"], {}).get("step_s", []))
     table = []
     for name, row in result["rows"].items():
         if "failed" in row:
@@ -22,9 +26,9 @@ def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ..
         time = median(row["step_s"])
         memory = "-" if row["memory"] is None else f"{(row['memory'] - result['gradient_bytes']) / 2**20:.0f}"
         peak = result["flops"] / time / (machine["gemm_gflop_per_s"] * 1e9)
-        forward = f"{1e3 * median(row['forward_s']):.0f}" if row["forward_s"] else "-"
+        forward = _ms(median(row["forward_s"])) if row["forward_s"] else "-"
         noise = f"{100 * spread(row['step_s']):.0f} %"
-        cells = (name, forward, f"{1e3 * time:.0f}", noise, f"{time / ours:.2f}x", memory)
+        cells = (name, forward, _ms(time), noise, f"{time / ours:.2f}x", memory)
         table.append((time, (*cells, f"{100 * peak:.0f} %")))
     return [cells for _, cells in sorted(table, key=lambda entry: entry[0])]
 
@@ -57,18 +61,22 @@ def _plot(result: dict[str, Any]) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def page(results: dict[str, Any]) -> str:
+def page(everything: list[dict[str, Any]]) -> str:
+    """One HTML page, self-contained, for the results of several ops."""
     parts = ["<!doctype html><meta charset='utf-8'><title>pyelastic benchmarks</title>"]
     parts.append("<style>body{font-family:sans-serif;max-width:75em;margin:auto}")
     parts.append("td,th{padding:.2em .8em;text-align:right}")
-    parts.append("td:first-child{text-align:left}</style><h1>pyelastic benchmarks</h1><table>")
-    parts += [f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in results["machine"].items()]
-    parts.append("</table><p>Medians of interleaved rounds; spread is the interquartile range. A variant whose loss or")
+    parts.append("td:first-child{text-align:left}</style><h1>pyelastic benchmarks</h1>")
+    parts.append("<p>Medians of interleaved rounds; spread is the interquartile range. A variant whose result or")
     parts.append("gradients fail the float64 oracle shows why instead of a time.</p>")
-    for result in results["cases"]:
-        parts.append(f"<h2>{html.escape(result['case'])}</h2><table><tr>")
-        parts += [f"<th>{column}" for column in COLUMNS]
-        for cells in lines(result, results["machine"]):
-            parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells))
-        parts.append("</table>" + _plot(result))
+    for results in everything:
+        parts.append(f"<h2>{html.escape(results['op'])}</h2><table>")
+        parts += [f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in results["machine"].items()]
+        parts.append("</table>")
+        for result in results["cases"]:
+            parts.append(f"<h3>{html.escape(result['case'])} on {result['device']}</h3><table><tr>")
+            parts += [f"<th>{column}" for column in COLUMNS]
+            for cells in lines(result, results["machine"]):
+                parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells))
+            parts.append("</table>" + _plot(result))
     return "\n".join(parts)

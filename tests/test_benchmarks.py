@@ -1,0 +1,95 @@
+"""The benchmark harness: wrong results get no time, truth is the truth, reports and memory probe work."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import bench_margin_softmax as bench
+from benchmarks import harness, report
+
+CASE = bench.Case(16, 512, 300)
+
+
+def _dropped_class(e, w, labels):
+    """The planted bug: the last class is forgotten."""
+    return bench.lean(e, w[:-1], labels)
+
+
+def _measured(monkeypatch, extra):
+    monkeypatch.setattr(harness, "peak_memory", lambda *arguments: 1 << 20)
+    monkeypatch.setattr(CASE.__class__, "inputs", _inputs)
+    ours = {"pyelastic eager": harness.Variant(bench._ours("eager"), bench.FLOAT32)}
+    fake = SimpleNamespace(**vars(bench))
+    fake.variants = lambda case, device: {**ours, **extra}
+    return harness.measure(fake, CASE, 4, lambda text: None)
+
+
+_original = bench.Case.inputs
+
+
+def _inputs(self, seed, device):
+    e, w, labels = _original(self, seed, device)
+    return e, w, labels % (self.classes - 1)  # the last class is never a target
+
+
+@pytest.mark.parametrize(
+    "wrong", [_dropped_class, lambda *x: 1.0001 * bench.lean(*x), lambda *x: bench.lean(*x) * torch.nan]
+)
+def test_wrong_variant_gets_no_time(monkeypatch, wrong):
+    planted = {"wrong": harness.Variant(wrong, bench.FLOAT32), "right": harness.Variant(bench.lean, bench.FLOAT32)}
+    rows = _measured(monkeypatch, planted)["rows"]
+    assert rows["wrong"]["failed"].startswith("ORACLE") and "step_s" not in rows["wrong"]
+    assert len(rows["right"]["step_s"]) == 4 and min(rows["right"]["step_s"]) > 0
+
+
+def test_variant_that_raises_is_a_result(monkeypatch):
+    def broken(e, w, labels):
+        raise ValueError("no such kernel")
+
+    result = _measured(monkeypatch, {"broken": harness.Variant(broken, 1.0)})
+    assert result["rows"]["broken"]["failed"] == "ValueError: no such kernel"
+    table = report.lines(result, {"gemm_gflop_per_s": 100.0})
+    assert table[-1][:2] == ("broken", "ValueError: no such kernel")
+    assert result["ours"] == "pyelastic eager"
+
+
+def test_truth_is_the_textbook_formula():
+    e, w, labels = bench.Case(16, 24, 300).inputs(3, "cpu")
+    leaves = [x.double().requires_grad_() for x in (e, w)]
+    loss = bench.official(*leaves, labels)
+    loss.backward()
+    got = bench.truth(e, w, labels)
+    assert harness.errors(got[:2], (loss.detach(), leaves[0].grad)) < [1e-12, 1e-12]
+    assert harness.errors(got[2:], (leaves[1].grad.float(),)) < [1e-7]
+
+
+def test_spread_and_median():
+    assert harness.median([3.0, 1.0, 2.0]) == 2.0
+    assert harness.spread([1.0, 2.0, 3.0, 4.0]) == pytest.approx((3.75 - 1.25) / 2.5)
+
+
+def test_memory_probe_sees_the_logits():
+    """The eager op holds B x C cosines; the probe, in its fresh process, must see them."""
+    case = bench.Case(256, 32, 20_000)
+    eager = harness.peak_memory(bench, case, "pyelastic eager", "cpu")
+    assert eager is not None and eager > 2 * 4 * case.batch * case.classes
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "no_such_op", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "choose from margin_softmax" in done.stderr
+
+
+def test_committed_results_hold_raw_samples():
+    from pathlib import Path
+
+    for path in (Path(bench.__file__).parent / "results").glob("*.json"):
+        results = json.loads(path.read_text())
+        for result in results["cases"]:
+            for name, row in result["rows"].items():
+                assert "failed" in row or len(row["step_s"]) >= 5, (path.name, result["case"], name)
