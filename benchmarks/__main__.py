@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks import harness, report
 
@@ -46,7 +46,9 @@ def _measure(op: str, options: argparse.Namespace, console: Console) -> dict[str
             results["cases"].append(result)
         for case in bench.memory_only(options.full):
             tick(f"{case.id}: memory")
-            results["memory_only"][case.id] = harness.peak_memory(bench, case, bench.OURS[0], options.device)
+            there = bench.variants(case, options.device)
+            name = next(name for name in bench.OURS if name in there)
+            results["memory_only"][case.id] = harness.peak_memory(bench, case, name, options.device)
     return results
 
 
@@ -58,7 +60,8 @@ def main() -> None:
     for op in options.op or OPS:
         results = _measure(op, options, console)
         for result in results["cases"]:
-            table = Table(*report.COLUMNS, title=f"{op} {result['case']} on {result['device']}")
+            first, *others = report.COLUMNS
+            table = Table(Column(first, no_wrap=True), *others, title=f"{op} {result['case']} on {result['device']}")
             for cells in report.lines(result, results["machine"]):
                 table.add_row(*cells)
             console.print(table)

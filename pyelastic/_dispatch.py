@@ -106,6 +106,12 @@ def _flag(name: str) -> bool:
 
 _environment = _parse(os.environ.get("PYELASTIC_BACKEND", ""), "PYELASTIC_BACKEND")
 _strict = _flag("PYELASTIC_STRICT")
+_debug = _flag("PYELASTIC_DEBUG")
+
+
+def may_read(device: torch.device) -> bool:
+    """Whether an argument's data may be checked: on a GPU that would synchronise, a traced tensor has none."""
+    return (device.type == "cpu" or _debug) and not torch.compiler.is_compiling()
 
 
 @contextmanager

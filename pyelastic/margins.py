@@ -90,7 +90,7 @@ class Margin:
 
 
 def _angular(theta: Tensor, margins: Tensor, m1: float, guard: str) -> Tensor:
-    """cos(m1 theta + margin) under a guard against angles beyond pi (section 1.4 of docs/ops)."""
+    """cos(m1 theta + margin) under a guard against angles beyond pi: docs/ops/margin_softmax.md."""
     angle = m1 * theta + margins
     phi = torch.cos(angle)
     if guard == "hard":  # continue by a line of slope 1 in the cosine, as the early ArcFace code

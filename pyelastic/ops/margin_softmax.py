@@ -122,7 +122,7 @@ def margin_softmax(
     margin = ArcFace() if margin is None else margin
     wanted = _check(locals())
     chosen = _dispatch.resolve(OP, _make_call(embeddings, weight, labels, subcenters=subcenters), backend)
-    if embeddings.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _dispatch.may_read(embeddings.device):
         _check_labels(labels, weight.shape[0] // subcenters, ignore_index, classes)
 
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -259,7 +259,7 @@ def _check(arguments: dict[str, Any]) -> frozenset[str]:
 
 
 def _check_labels(labels: Tensor, count: int, ignore_index: int, classes: Tensor | None) -> None:
-    """Range of the labels; reads data, so only on the CPU and outside of a compiled region."""
+    """Range of the labels; reads data."""
     valid = labels != ignore_index
     bad = valid & ((labels < 0) | (labels >= count))
     if bool(bad.any()):

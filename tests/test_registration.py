@@ -1,0 +1,55 @@
+"""Generated from the registry: every implemented backend is complete, every raw op is registered as torch wants it."""
+
+import inspect
+
+import pytest
+import torch
+
+import pyelastic
+import pyelastic.ops
+from pyelastic import _dispatch, _library
+
+OPS = sorted(_dispatch.registry())
+IMPLEMENTED = [(op, name) for op in OPS for name, b in _dispatch.registry()[op].items() if b.run is not None]
+OVERLOADS = _library.overloads()
+DTYPES = {"float16", "bfloat16", "float32", "float64", "int8"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_door(op):
+    """One public function of the op's name, with backend="auto" and a docstring that says shapes, errors, source."""
+    door = getattr(pyelastic, op)
+    assert inspect.signature(door).parameters["backend"].default == "auto"
+    for word in ("Args:", "Returns:", "Raises:", "["):
+        assert word in door.__doc__
+    assert op in pyelastic.__all__
+
+
+@pytest.mark.parametrize(("op", "name"), IMPLEMENTED)
+def test_backend_describes_itself(op, name):
+    backend = _dispatch.registry()[op][name]
+    assert set(backend.dtypes) <= DTYPES and "float32" in backend.dtypes
+    assert backend.label and set(backend.directions) <= {"forward", "backward"}
+
+
+@pytest.mark.parametrize(("op", "name"), [pair for pair in IMPLEMENTED if pair[1] != "eager"])
+def test_kernel_backend_has_raw_ops_in_both_directions(op, name):
+    """compile needs raw ops: a backend without them would break the graph."""
+    found = {str(o._schema.name).removeprefix("pyelastic::") for o in OVERLOADS if o._schema.overload_name == name}
+    assert {f"{op}_fwd", f"{op}_bwd"} <= found
+
+
+@pytest.mark.parametrize("overload", OVERLOADS, ids=str)
+def test_raw_op_has_a_fake_and_mutates_only_what_its_schema_says(overload):
+    name = f"{overload._schema.name}.{overload._schema.overload_name}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+    # No autograd formula of its own: the autograd.Function outside is the one place.
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
+
+
+def test_matrix_is_the_registry():
+    from pyelastic import info
+
+    rows = {(row["op"], row["backend"]) for row in info.matrix()}
+    assert rows == {(op, name) for op in OPS for name in _dispatch.BACKENDS}
