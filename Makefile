@@ -1,8 +1,9 @@
 # `make test` and `make bench` set up everything they need in .venv; `make gpu OUT=dir` uses the torch that is installed.
 PYTHON ?= python3
 VENV := .venv
+JOBS := $(or $(MAX_JOBS),2)
 PY := $(VENV)/bin/python
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: test bench lint gpu clean
 
@@ -18,7 +19,16 @@ $(VENV)/build.stamp: $(VENV)/environment.stamp $(SOURCES)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-test: $(VENV)/build.stamp
+# The CUDA kernels on the CPU, for tests.
+$(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
+	mkdir -p build
+	$(VENV)/bin/cmake -S . -B build/emulator -G Ninja -DPYELASTIC_EMULATOR=ON -DPYELASTIC_CUDA=OFF \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" > build/emulator.log
+	$(VENV)/bin/cmake --build build/emulator --parallel $(JOBS) >> build/emulator.log || { cat build/emulator.log; exit 1; }
+	touch $@
+
+test: $(VENV)/build.stamp $(VENV)/emulator.stamp
 	$(PY) -m pytest
 
 bench: $(VENV)/build.stamp

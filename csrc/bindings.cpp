@@ -4,6 +4,7 @@
 // dtypes and devices are checked in pyelastic/ops/, which is the only caller.
 #include <pybind11/pybind11.h>
 
+#include "bindings_cuda.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "margin_softmax.h"
@@ -105,4 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp", [](Pointer gomp_parallel) { pyelastic::use_openmp(as<void>(gomp_parallel)); });
   bind_margin_softmax<float>(m, "_f32");
   bind_margin_softmax<double>(m, "_f64");
+#ifdef PYELASTIC_HAVE_CUDA
+  pyelastic::bind_cuda(m);
+#endif
 }

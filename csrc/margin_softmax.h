@@ -18,8 +18,9 @@
 //
 // Conventions. T is the compute type, float or double. Matrices of T are row-major and contiguous
 // unless a leading dimension `ld` is given, in elements. Strides are in elements and may be anything.
-// Labels are int64 in [-1, C); -1 marks an ignored row. Inputs and outputs alias only where said. Deterministic: a row or a class is owned by one thread, and sums run in
-// index order, so the thread count does not change a bit.
+// Labels are int64 in [-1, C); -1 marks an ignored row. Inputs and outputs alias only where said.
+// Deterministic: a row or a class is owned by one thread, and sums run in index order, so the thread
+// count does not change a bit.
 #pragma once
 
 #include <cstdint>
@@ -107,4 +108,79 @@ extern const MarginSoftmaxKernels<float> margin_softmax_float;
 extern const MarginSoftmaxKernels<double> margin_softmax_double;
 }  // namespace avx512
 
+// --- CUDA -----------------------------------------------------------------------------------------------
+//
+// The same division of labour, launched by pyelastic/ops/_margin_softmax_cuda.py; all pointers are device
+// memory, statistics are float, running sums double, nothing synchronises, no atomics. "Operand" is the
+// type that enters the GEMMs: float, or half with unit rows, whose elements are below 1.
+//
+// Gradients travel scaled so that they fit a half: P_ij = kGradientScale G_ij / row_scale_i with
+// row_scale_i >= |G_ij|, chosen by the launcher. Then dE^_i = row_scale_i / kGradientScale sum_j P_ij w^_j, and
+// dW^_j takes rows of e^ that were multiplied by row_scale_i / max row_scale.
+namespace cuda {
+
+using Stream = void*;
+constexpr float kGradientScale = 16384;  // P is exact to 11 bits down to 3.7e-9 of row_scale
+
+// The negatives of a tile: classes first .. first + classes - 1, as Tile above. `stats` is a bit set: 1
+// sum_cos, 2 rank and max_cos, 4 moments.
+struct Negatives {
+  std::int64_t rows, classes, subcenters, first;
+  const std::int64_t* labels;
+  const float *threshold, *hard_map;  // null, or as in Tile
+  float scale;
+  int stats;
+};
+
+// As NegativeStats; the maximum is always carried. Arrays of unwanted statistics are not touched.
+struct RunningStats {
+  float* max;
+  double *sum, *sum_sq, *sum_z, *sum_cos;
+  std::int64_t* rank;
+  float* max_cos;
+  const float* cos_target;
+};
+
+// out [rows, ld] = factor_i x_i / |x_i| in `out_dtype` (float32 or float16), columns dim .. ld - 1 zero;
+// factor [rows] may be null (1). inv_norm as above.
+void margin_softmax_normalize(const RowsView& x, const float* factor, Dtype out_dtype, void* out, std::int64_t ld,
+                              float* inv_norm, Stream stream);
+// theta, best [rows]; center [rows] = row of w of the closest sub-centre (-1: ignored); w_inv [rows] its
+// inverse norm. w.index [w.rows], when given, maps class rows to rows of w. A label beyond w.rows gives NaN.
+void margin_softmax_target(const RowsView& e, const RowsView& w, const std::int64_t* labels,
+                           std::int64_t subcenters, float* theta, std::int64_t* best, std::int64_t* center,
+                           float* w_inv, Stream stream);
+// Statistics of a tile of cosines [rows, classes * subcenters], leading dimension ld.
+void margin_softmax_accumulate(const Negatives& n, const float* cosines, std::int64_t ld,
+                               const RunningStats& stats, Stream stream);
+// P [rows, ldp] in `dtype` from the tile; columns up to ldp that hold no class are zeroed.
+void margin_softmax_gradient(const Negatives& n, const float* cosines, std::int64_t ld, const float* lse_neg,
+                             const float* grad_lse, const float* grad_sum, const float* row_scale, Dtype dtype,
+                             void* p, std::int64_t ldp, Stream stream);
+// The two above with the GEMM inside, on tensor cores: e_hat [rows, ld], w_hat [classes, ld] float16;
+// subcenters = 1, ld a multiple of 8, columns past D zero. partials: float [7, ceil(classes / 128), rows].
+void margin_softmax_accumulate_mma(const Negatives& n, const void* e_hat, const void* w_hat, std::int64_t ld,
+                                   float* partials, const RunningStats& stats, Stream stream);
+void margin_softmax_gradient_mma(const Negatives& n, const void* e_hat, const void* w_hat, std::int64_t ld,
+                                 const float* lse_neg, const float* grad_lse, const float* grad_sum,
+                                 const float* row_scale, void* p, std::int64_t ldp, Stream stream);
+
+// What the target's tangents add to a gradient. For dE, row i gets its own; for dW, `order` [rows] sorts
+// the samples by `center`, `sorted` [rows] are the centers in that order, and a class row finds its run.
+struct Targets {
+  const float *theta, *grad_theta;
+  const std::int64_t* center;          // [B] row of w
+  const std::int64_t *order, *sorted;  // null for dE
+};
+// out_i = (d_i factor_i - <.., x^> x^ - tangents) / |x|, rounded once to x.dtype; d float [rows, ldd].
+//   dE: x = e, y = w, factor [rows] per row;  dW: x = w, whose rows are first, first + 1, .. (or w.index), y = e, factor [1].
+void margin_softmax_project_e(const float* d, std::int64_t ldd, const float* factor, const RowsView& e,
+                              const float* e_inv, const RowsView& w, const float* w_inv, const Targets& targets,
+                              void* out, std::int64_t row_stride, std::int64_t col_stride, Stream stream);
+void margin_softmax_project_w(const float* d, std::int64_t ldd, const float* factor, const RowsView& w,
+                              const float* w_inv, std::int64_t first, const RowsView& e, const float* e_inv,
+                              const Targets& targets, std::int64_t batch, void* out, std::int64_t row_stride,
+                              std::int64_t col_stride, Stream stream);
+
+}  // namespace cuda
 }  // namespace pyelastic

@@ -54,3 +54,43 @@ def margin_softmax_project_f64(
     d: int, x: int, x_stride: int, x_is_unit: bool, inv_norm: int, rows: int, dim: int, out: int, dtype: int,
     row_stride: int, col_stride: int, threads: int, /,
 ) -> None: ...
+
+# The CUDA kernels, where they were built (tuples: csrc/bindings_cuda.cpp; contracts: the headers of csrc/).
+_Matrix = tuple[int, int, int, int, int, int, int]
+_Negatives = tuple[int, int, int, int, int, int, int, float, int]
+_Stats = tuple[int, int, int, int, int, int, int, int]
+_Targets = tuple[int, int, int, int, int]
+
+def cuda_margin_softmax_normalize(
+    x: _Matrix, factor: int, out_dtype: int, out: int, ld: int, inv_norm: int, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_target(
+    e: _Matrix, w: _Matrix, labels: int, subcenters: int, theta: int, best: int, center: int, w_inv: int,
+    stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_accumulate(
+    n: _Negatives, cosines: int, ld: int, stats: _Stats, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_accumulate_mma(
+    n: _Negatives, e_hat: int, w_hat: int, ld: int, partials: int, stats: _Stats, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_gradient(
+    n: _Negatives, cosines: int, ld: int, lse_neg: int, grad_lse: int, grad_sum: int, row_scale: int, dtype:
+    int, p: int, ldp: int, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_gradient_mma(
+    n: _Negatives, e_hat: int, w_hat: int, ld: int, lse_neg: int, grad_lse: int, grad_sum: int, row_scale:
+    int, p: int, ldp: int, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_project_e(
+    d: int, ldd: int, factor: int, e: _Matrix, e_inv: int, w: _Matrix, w_inv: int, t: _Targets, out: int,
+    row_stride: int, col_stride: int, stream: int, /,
+) -> None: ...
+def cuda_margin_softmax_project_w(
+    d: int, ldd: int, factor: int, w: _Matrix, w_inv: int, first: int, e: _Matrix, e_inv: int, t: _Targets,
+    batch: int, out: int, row_stride: int, col_stride: int, stream: int, /,
+) -> None: ...
+def cuda_mma_gemm(
+    a: int, lda: int, a_k_major: bool, b: int, ldb: int, b_k_major: bool, rows: int, columns: int, k: int, c:
+    int, ldc: int, splits: int, add: bool, stream: int, /,
+) -> None: ...

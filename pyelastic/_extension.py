@@ -85,6 +85,41 @@ def why_not() -> str | None:
     return f"the compiled module is {current.status} ({current.reason}); {current.mend}"
 
 
+_emulator: ModuleType | None = None
+
+
+def emulate(module: ModuleType | None) -> None:
+    """Let backend "cuda" run `module`, the CUDA kernels under the SIMT emulator, on CPU tensors (tests only)."""
+    global _emulator
+    _emulator = module
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cuda_why_not(device: str) -> str | None:
+    """One sentence, or None if the CUDA kernels can run on this device ("cuda:0")."""
+    if _emulator is not None:
+        return None if device == "cpu" else "the emulator of the CUDA kernels takes CPU tensors"
+    if not device.startswith("cuda"):
+        return f"the tensors are on {device}; the kernel runs on NVIDIA GPUs"
+    missing = why_not()
+    if missing is not None:
+        return missing
+    if not hasattr(load(), "cuda_mma_gemm"):
+        reason = build_metadata().get("cuda", "not built")
+        return f"the CUDA kernels are {reason}; reinstall with PYELASTIC_CUDA=ON and nvcc on the PATH"
+    if torch.version.hip is not None:
+        return "this is an AMD GPU; backend 'triton' runs there"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    return None
+
+
+def load_cuda() -> tuple[Any, bool]:
+    """The module with the CUDA launchers, and whether it is the emulator. Raises BackendError as `load`."""
+    return (load(), False) if _emulator is None else (_emulator, True)
+
+
 def load() -> Any:
     """The module. Raises BackendError with the reason and the command that mends it."""
     module, _ = _once()

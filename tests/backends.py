@@ -2,32 +2,46 @@
 
 from typing import Any
 
+import emulated
 import pytest
 import torch
 
 import pyelastic.ops  # noqa: F401  (registers every op)
 from pyelastic import _dispatch, _extension
 
+# With no GPU, backend "cuda" runs under the emulator on CPU tensors.
+GPU = torch.cuda.is_available()
+EMULATOR = None if GPU else emulated.load()
+if EMULATOR is not None:
+    _extension.emulate(EMULATOR)
+
 
 def implemented(op: str) -> list[str]:
-    """Backends of `op` that have code and, for GPU backends, a GPU to run it on."""
+    """Backends of `op` that have code, and a GPU or an emulator to run it on."""
     table = _dispatch.registry()[op]
-    gpu = torch.cuda.is_available()
-    return [
-        name
-        for name in ("eager", "cpu", "triton", "cuda")
-        if table[name].run is not None and (gpu or name in ("eager", "cpu"))
-    ]
+    there = {"eager": True, "cpu": True, "triton": GPU, "cuda": GPU or EMULATOR is not None}
+    return [name for name in there if there[name] and table[name].run is not None]
 
 
 def device_of(backend: str) -> torch.device:
     """Where the inputs of a test of this backend live ("auto" is tested on the CPU)."""
-    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    return torch.device("cuda" if GPU and backend in ("cuda", "triton") else "cpu")
+
+
+def skip_unsupported(op: str, backend: str, dtype: torch.dtype) -> None:
+    """Skip a test in a dtype that the backend does not have: the matrix shows that, and errors say it."""
+    if backend != "auto" and str(dtype).removeprefix("torch.") not in _dispatch.registry()[op][backend].dtypes:
+        pytest.skip(f"{op}: backend {backend} has no {dtype}")
+
+
+def half_operands(backend: str, *dtypes: torch.dtype) -> bool:
+    """Whether a GPU backend multiplies in float16: where an input is 16-bit (docs/ops)."""
+    return backend in ("cuda", "triton") and bool({torch.float16, torch.bfloat16} & set(dtypes))
 
 
 def require(backend: str) -> str:
     """Skip only where the extension was honestly not built; a broken one must fail loudly."""
-    if backend in ("cpu", "cuda") and _extension.state().status == "not built":
+    if (backend == "cpu" or (backend == "cuda" and GPU)) and _extension.state().status == "not built":
         pytest.skip(f"extension not built: {_extension.state().reason}")
     return backend
 

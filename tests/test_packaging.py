@@ -175,10 +175,10 @@ def test_stub_names_what_the_module_has():
     tree = ast.parse((ROOT / "pyelastic/_C.pyi").read_text())
     stub = {f.name: len(f.args.args) + len(f.args.posonlyargs) for f in tree.body if isinstance(f, ast.FunctionDef)}
     built = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
-    assert set(stub) == set(built)
+    # The CUDA half is there only where nvcc was.
+    assert set(built) <= set(stub) and all(name.startswith("cuda_") for name in set(stub) - set(built))
     for name, function in built.items():
-        signature = re.match(rf"{name}\((.*)\) ->", function.__doc__).group(1)
-        assert stub[name] == len([a for a in signature.split(",") if ":" in a]), function.__doc__
+        assert stub[name] == len(re.findall(r"\barg\d+: ", function.__doc__)), function.__doc__
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("nm"), reason="needs nm")

@@ -193,21 +193,37 @@ def forward(
             max_cos.data_ptr(), cos_target.data_ptr(), online, p.threads,
         )  # fmt: skip
 
-    used = p.labels >= 0
-    if p.count == 1:  # the only class is the target: what the kernel summed is its mask
-        for statistic in zeros.values():
+    return finish(p.labels, p.count, p.dtype, stats, theta, maximum, zeros, rank, max_cos, best)
+
+
+def finish(
+    labels: Tensor,
+    count: int,
+    dtype: torch.dtype,
+    stats: int,
+    theta: Tensor,
+    maximum: Tensor,
+    sums: dict[str, Tensor],
+    rank: Tensor,
+    max_cos: Tensor,
+    best: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The raw op's results from the running statistics of the kernels (`sums` in float64)."""
+    used, none = labels >= 0, theta.new_empty(0)
+    if count == 1:  # the only class is the target: what the kernel summed is its mask
+        for statistic in sums.values():
             statistic.zero_()
-    total = zeros["sum"]
-    lse_neg = torch.where(used, maximum + torch.log(total), 0.0).to(p.dtype)
+    total = sums["sum"]
+    lse_neg = torch.where(used, maximum + torch.log(total), 0.0).to(dtype)
     safe = torch.where(total == 0, 1.0, total)
     return (
         theta,
         lse_neg,
-        zeros["cos"].to(p.dtype) if stats & SUM_COS else p.empty(0),
-        torch.where(used, rank, -1) if stats & RANK else torch.empty(0, dtype=torch.int64),
-        torch.where(used, _no_negative(max_cos), 0.0).to(p.dtype) if stats & RANK else p.empty(0),
-        (zeros["sq"] / safe.square()).to(p.dtype) if stats & MOMENTS else p.empty(0),
-        (zeros["z"] / safe).to(p.dtype) if stats & MOMENTS else p.empty(0),
+        sums["cos"].to(dtype) if stats & SUM_COS else none,
+        torch.where(used, rank, -1) if stats & RANK else rank.new_empty(0),
+        torch.where(used, _no_negative(max_cos), 0.0).to(dtype) if stats & RANK else none.clone(),
+        (sums["sq"] / safe.square()).to(dtype) if stats & MOMENTS else none.clone(),
+        (sums["z"] / safe).to(dtype) if stats & MOMENTS else none.clone(),
         best,
     )
 

@@ -33,6 +33,7 @@ from pyelastic.eager import margin_softmax as eager
 from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, Sweep, statistics_dtype
 from pyelastic.margins import ArcFace, Margin
 from pyelastic.ops import _margin_softmax_cpu as cpu
+from pyelastic.ops import _margin_softmax_cuda as cuda
 
 OP = "margin_softmax"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -383,10 +384,11 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 
 _OPS = {
-    "cpu": (
-        _library.define(f"{OP}_fwd", "cpu", _FORWARD, cpu.forward, _fake_forward),
-        _library.define(f"{OP}_bwd", "cpu", _BACKWARD, cpu.backward, _fake_backward),
+    name: (
+        _library.define(f"{OP}_fwd", name, _FORWARD, launcher.forward, _fake_forward),
+        _library.define(f"{OP}_bwd", name, _BACKWARD, launcher.backward, _fake_backward),
     )
+    for name, launcher in (("cpu", cpu), ("cuda", cuda))
 }
 
 
@@ -437,9 +439,12 @@ class _Sweep(torch.autograd.Function):
 # --- backends -------------------------------------------------------------------------------------------------
 
 
-def _run_cpu(*inputs: Any) -> Sweep:
-    *arguments, sparse_grad = inputs
-    return Sweep(*_Sweep.apply("cpu", sparse_grad, *arguments)[:7])
+def _run(backend: str) -> Any:
+    def run(*inputs: Any) -> Sweep:
+        *arguments, sparse_grad = inputs
+        return Sweep(*_Sweep.apply(backend, sparse_grad, *arguments)[:7])
+
+    return run
 
 
 def _run_eager(*inputs: Any) -> Sweep:
@@ -458,25 +463,18 @@ def _cpu_why_not(call: Call) -> str | None:
     return _extension.why_not()
 
 
-_NEXT = "margin_softmax has no {} kernel yet; it is the next piece of work"
+def _cuda_why_not(call: Call) -> str | None:
+    dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
+    return dtype or _extension.cuda_why_not(str(call.device))
+
+
+_HALF, _ALL = ("float16", "bfloat16", "float32"), ("float16", "bfloat16", "float32", "float64")
 
 _dispatch.register(
     OP,
-    _dispatch.not_implemented("cuda", _NEXT.format("CUDA")),
-    _dispatch.not_implemented("triton", _NEXT.format("Triton")),
-    _dispatch.Backend(
-        name="cpu",
-        run=_run_cpu,
-        why_not=_cpu_why_not,
-        dtypes=("float16", "bfloat16", "float32", "float64"),
-        label="tested on CPU",
-    ),
-    _dispatch.Backend(
-        name="eager",
-        run=_run_eager,
-        why_not=lambda call: None,
-        dtypes=("float16", "bfloat16", "float32", "float64"),
-        label="reference",
-    ),
+    _dispatch.Backend("cuda", _run("cuda"), _cuda_why_not, _HALF, label="emulated; not yet run on a GPU"),
+    _dispatch.not_implemented("triton", "margin_softmax has no Triton kernel yet; it is the next piece of work"),
+    _dispatch.Backend("cpu", _run("cpu"), _cpu_why_not, _ALL, label="tested on CPU"),
+    _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
     make_call=_make_call,
 )

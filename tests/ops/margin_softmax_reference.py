@@ -17,6 +17,8 @@ IGNORED = -100
 ZERO_NORM = 1e-12
 # A probability below the smallest normal float32 may become 0; in units of float32's roundoff.
 FLUSHED = 2.0**-126 / 2.0**-24
+# In float16 it is stored times 2^14, and below 2^-14 with steps of 2^-24; in units of float16's roundoff.
+HALF_FLUSHED = 2.0**-25 * 2.0**-14 / 2.0**-11
 
 
 @dataclass
@@ -137,9 +139,13 @@ def reference(
     z_loss: float = 0.0,
     subcenters: int = 1,
     classes: Tensor | None = None,
+    half: bool = False,
     upstream: Tensor | None = None,
 ) -> Truth:
-    """The truth for one call. `labels` are class ids; only `classes` take part where given."""
+    """The truth for one call. `labels` are class ids; only `classes` take part where given.
+
+    half: the A_* are for a kernel that keeps probabilities in float16.
+    """
     e = embeddings.detach().to("cpu", torch.float64).requires_grad_()
     full = weight.detach().to("cpu", torch.float64).requires_grad_()
     y = labels.cpu().long()
@@ -189,7 +195,7 @@ def reference(
     A_rows = A_rows + (per_row[1].abs() * turn * products).sum(1)
     uniform = scale * label_smoothing / max(c.shape[1], 1)
     share = max(n, 1) if reduction == "mean" else 1
-    extra = (uniform + scale * FLUSHED) * g.abs().reshape(-1, 1, 1) / share
+    extra = (uniform + scale * (HALF_FLUSHED if half else FLUSHED)) * g.abs().reshape(-1, 1, 1) / share
     size = (kappa * valid)[:, None, None] * (G.abs() + extra)
     length = torch.where(norms <= ZERO_NORM, 1.0, norms)[:, None]
     spent = torch.einsum("bck,bck->b", size, every.abs())[:, None]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import backends
 import oracle
 import pytest
 import torch
@@ -266,7 +267,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
     case = make()
     want, e_want, _ = call(backend, case, ARC)
     want.backward()
-    with torch.autocast("cuda" if backend in ("cuda", "triton") else "cpu", torch.bfloat16):
+    with torch.autocast(backends.device_of(backend).type, torch.bfloat16):
         got, e_got, _ = call(backend, case, ARC)
     got.backward()
     assert torch.equal(got, want) and torch.equal(e_got.grad, e_want.grad)

@@ -1,0 +1,117 @@
+// The CUDA half of pyelastic._C, and the whole of the emulator's module. Device pointers come as integers.
+#include "bindings_cuda.h"
+
+#include "margin_softmax.h"
+#include "mma_gemm.h"
+
+namespace py = pybind11;
+using pyelastic::Dtype;
+using pyelastic::RowsView;
+using Pointer = std::uintptr_t;
+using Int = std::int64_t;
+
+namespace {
+
+template <class T>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// A matrix as Python passes it: (pointer, dtype, row stride, column stride, index, rows, columns).
+using Matrix = std::tuple<Pointer, int, Int, Int, Pointer, Int, Int>;
+RowsView view(const Matrix& m) {
+  const auto& [data, dtype, row_stride, col_stride, index, rows, dim] = m;
+  return {as<const void>(data), static_cast<Dtype>(dtype), row_stride, col_stride, as<const Int>(index), rows, dim};
+}
+
+// (rows, classes, subcenters, first, labels, threshold, hard_map, scale, stats)
+using Negatives = std::tuple<Int, Int, Int, Int, Pointer, Pointer, Pointer, float, int>;
+pyelastic::cuda::Negatives negatives(const Negatives& n) {
+  const auto& [rows, classes, subcenters, first, labels, threshold, hard_map, scale, stats] = n;
+  return {rows,  classes, subcenters, first, as<const Int>(labels), as<const float>(threshold), as<const float>(hard_map),
+          scale, stats};
+}
+
+// (max, sum, sum_sq, sum_z, sum_cos, rank, max_cos, cos_target)
+using Stats = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
+pyelastic::cuda::RunningStats running(const Stats& s) {
+  const auto& [max, sum, sum_sq, sum_z, sum_cos, rank, max_cos, cos_target] = s;
+  return {as<float>(max),      as<double>(sum), as<double>(sum_sq), as<double>(sum_z),
+          as<double>(sum_cos), as<Int>(rank),   as<float>(max_cos), as<const float>(cos_target)};
+}
+
+// (theta, grad_theta, center, order, sorted)
+using Targets = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer>;
+pyelastic::cuda::Targets targets(const Targets& t) {
+  const auto& [theta, grad_theta, center, order, sorted] = t;
+  return {as<const float>(theta), as<const float>(grad_theta), as<const Int>(center), as<const Int>(order),
+          as<const Int>(sorted)};
+}
+
+void bind_margin_softmax(py::module_& m) {
+  namespace cuda = pyelastic::cuda;
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("cuda_margin_softmax_normalize",
+        [](const Matrix& x, Pointer factor, int out_dtype, Pointer out, Int ld, Pointer inv_norm, Pointer stream) {
+          cuda::margin_softmax_normalize(view(x), as<const float>(factor), static_cast<Dtype>(out_dtype), as<void>(out),
+                                         ld, as<float>(inv_norm), as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_target",
+        [](const Matrix& e, const Matrix& w, Pointer labels, Int subcenters, Pointer theta, Pointer best,
+           Pointer center, Pointer w_inv, Pointer stream) {
+          cuda::margin_softmax_target(view(e), view(w), as<const Int>(labels), subcenters, as<float>(theta),
+                                      as<Int>(best), as<Int>(center), as<float>(w_inv), as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_accumulate",
+        [](const Negatives& n, Pointer cosines, Int ld, const Stats& stats, Pointer stream) {
+          cuda::margin_softmax_accumulate(negatives(n), as<const float>(cosines), ld, running(stats), as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_accumulate_mma",
+        [](const Negatives& n, Pointer e_hat, Pointer w_hat, Int ld, Pointer partials, const Stats& stats,
+           Pointer stream) {
+          cuda::margin_softmax_accumulate_mma(negatives(n), as<const void>(e_hat), as<const void>(w_hat), ld,
+                                              as<float>(partials), running(stats), as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_gradient",
+        [](const Negatives& n, Pointer cosines, Int ld, Pointer lse_neg, Pointer grad_lse, Pointer grad_sum,
+           Pointer row_scale, int dtype, Pointer p, Int ldp, Pointer stream) {
+          cuda::margin_softmax_gradient(negatives(n), as<const float>(cosines), ld, as<const float>(lse_neg),
+                                        as<const float>(grad_lse), as<const float>(grad_sum),
+                                        as<const float>(row_scale), static_cast<Dtype>(dtype), as<void>(p), ldp,
+                                        as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_gradient_mma",
+        [](const Negatives& n, Pointer e_hat, Pointer w_hat, Int ld, Pointer lse_neg, Pointer grad_lse,
+           Pointer grad_sum, Pointer row_scale, Pointer p, Int ldp, Pointer stream) {
+          cuda::margin_softmax_gradient_mma(negatives(n), as<const void>(e_hat), as<const void>(w_hat), ld,
+                                            as<const float>(lse_neg), as<const float>(grad_lse),
+                                            as<const float>(grad_sum), as<const float>(row_scale), as<void>(p), ldp,
+                                            as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_project_e",
+        [](Pointer d, Int ldd, Pointer factor, const Matrix& e, Pointer e_inv, const Matrix& w, Pointer w_inv,
+           const Targets& t, Pointer out, Int row_stride, Int col_stride, Pointer stream) {
+          cuda::margin_softmax_project_e(as<const float>(d), ldd, as<const float>(factor), view(e),
+                                         as<const float>(e_inv), view(w), as<const float>(w_inv), targets(t),
+                                         as<void>(out), row_stride, col_stride, as<void>(stream));
+        }, nogil);
+  m.def("cuda_margin_softmax_project_w",
+        [](Pointer d, Int ldd, Pointer factor, const Matrix& w, Pointer w_inv, Int first, const Matrix& e,
+           Pointer e_inv, const Targets& t, Int batch, Pointer out, Int row_stride, Int col_stride, Pointer stream) {
+          cuda::margin_softmax_project_w(as<const float>(d), ldd, as<const float>(factor), view(w),
+                                         as<const float>(w_inv), first, view(e), as<const float>(e_inv), targets(t),
+                                         batch, as<void>(out), row_stride, col_stride, as<void>(stream));
+        }, nogil);
+}
+
+}  // namespace
+
+void pyelastic::bind_cuda(py::module_& m) {
+  m.def("cuda_mma_gemm",
+        [](Pointer a, Int lda, bool a_k_major, Pointer b, Int ldb, bool b_k_major, Int rows, Int columns, Int k,
+           Pointer c, Int ldc, int splits, bool add, Pointer stream) {
+          pyelastic::cuda::mma_gemm({as<const void>(a), lda, a_k_major}, {as<const void>(b), ldb, b_k_major}, rows,
+                                    columns, k, as<float>(c), ldc, splits, add, as<void>(stream));
+        }, py::call_guard<py::gil_scoped_release>());
+  bind_margin_softmax(m);
+}

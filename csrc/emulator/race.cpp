@@ -1,0 +1,160 @@
+// Race detection. The race build compiles kernels with -fsanitize=thread but links these hooks instead of
+// ThreadSanitizer's library: they see every load and store of every fiber.
+//
+// Two accesses to a byte conflict if one writes, not both are atomic, they come from different threads, and no
+// barrier lies between: __syncthreads orders threads of a block, a warp collective those lanes that took
+// part, nothing orders blocks. Per byte the last write and two reads are kept; a third reader takes
+// the place of one that is ordered before it, else of none: a later write conflicts with those kept as well.
+#include <array>
+#include <unordered_map>
+
+#include "state.h"
+
+namespace pyelastic {
+namespace emulator {
+namespace {
+
+struct Access {
+  std::uint32_t block = 0, thread = 0;
+  std::uint32_t block_clock = 0, warp_clock = 0;
+  bool there = false, atomic = false;
+};
+
+struct Cell {
+  Access write, reads[2];
+};
+
+constexpr std::size_t kPage = 1024;
+using Page = std::array<Cell, kPage>;
+std::unordered_map<std::uintptr_t, std::unique_ptr<Page>> pages;
+std::uintptr_t last_number = ~std::uintptr_t{0};
+Page* last_page = nullptr;
+
+Cell& cell(std::uintptr_t address) {
+  const std::uintptr_t number = address / kPage;
+  if (number != last_number) {
+    std::unique_ptr<Page>& page = pages[number];
+    if (page == nullptr) page = std::make_unique<Page>();
+    last_number = number;
+    last_page = page.get();
+  }
+  return (*last_page)[address % kPage];
+}
+
+bool ordered(const Access& before, const Access& now) {
+  if (!before.there) return true;
+  if (before.block != now.block) return false;
+  if (before.thread == now.thread || before.block_clock < now.block_clock) return true;
+  return before.thread / 32 == now.thread / 32 && thread_now->synced[before.thread % 32] > before.warp_clock;
+}
+
+std::string describe(std::uintptr_t address) {
+  for (const SharedBlock& block : launch_now->shared) {
+    const std::uintptr_t offset = address - reinterpret_cast<std::uintptr_t>(block.data);
+    if (offset < block.bytes) return "byte " + std::to_string(offset) + " of an array in shared memory";
+  }
+  return "global memory";
+}
+
+[[noreturn]] void report(const Access& other, const char* their, const char* our, std::uintptr_t address) {
+  fail(std::string("race: ") + our + " of " + describe(address) + " and " + their + " by block " +
+       std::to_string(other.block) + ", thread " + std::to_string(other.thread) + " with no barrier between");
+}
+
+void check_bounds(std::uintptr_t address, std::size_t size) {
+  for (const SharedBlock& block : launch_now->shared) {
+    const std::uintptr_t low = reinterpret_cast<std::uintptr_t>(block.data), high = low + block.bytes;
+    if ((address < low && address + size > low - kGuard) || (address + size > high && address < high + kGuard)) {
+      fail("access outside of an array in shared memory");
+    }
+  }
+}
+
+}  // namespace
+
+void begin_race_check() {
+  pages.clear();
+  last_number = ~std::uintptr_t{0};
+}
+
+void forget(const void* data, std::size_t bytes) {
+  if (pages.empty()) return;
+  for (std::size_t i = 0; i < bytes; ++i) cell(reinterpret_cast<std::uintptr_t>(data) + i) = Cell();
+}
+
+#if defined(PYELASTIC_EMULATOR_RACE)
+
+void check_access(const void* p, std::size_t size, bool is_write, bool is_atomic) {
+  if (launch_now == nullptr || thread_now == nullptr || thread_now->fiber.on_stack(p)) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  check_bounds(address, size);
+  const unsigned warp = thread_now->id / 32;
+  Access now;
+  now.block = static_cast<std::uint32_t>(launch_now->block);
+  now.thread = thread_now->id;
+  now.block_clock = static_cast<std::uint32_t>(launch_now->block_clock);
+  now.warp_clock = static_cast<std::uint32_t>(launch_now->warps[warp].clock);
+  now.there = true;
+  now.atomic = is_atomic;
+  for (std::uintptr_t byte = address; byte < address + size; ++byte) {
+    Cell& c = cell(byte);
+    if (!(is_atomic && c.write.atomic) && !ordered(c.write, now)) {
+      report(c.write, c.write.atomic ? "an atomic" : "a write", is_write ? "write" : "read", byte);
+    }
+    if (is_write) {
+      for (const Access& read : c.reads) {
+        if (!ordered(read, now)) report(read, "a read", "write", byte);
+      }
+      c.write = now;
+      continue;
+    }
+    Access* slot = nullptr;
+    for (Access& read : c.reads) {
+      if (read.there && read.block == now.block && read.thread == now.thread) slot = &read;
+    }
+    for (Access& read : c.reads) {
+      if (slot == nullptr && ordered(read, now)) slot = &read;
+    }
+    if (slot != nullptr) *slot = now;
+  }
+  if (preemption > 0 && chance(preemption)) yield_to_others();
+}
+
+#else
+
+void check_access(const void*, std::size_t, bool, bool) {}
+
+#endif
+
+}  // namespace emulator
+}  // namespace pyelastic
+
+#if defined(PYELASTIC_EMULATOR_RACE)
+
+// The entry points gcc's instrumentation calls.
+using pyelastic::emulator::check_access;
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+#define PYELASTIC_HOOKS(N)                                                     \
+  void __tsan_read##N(void* p) { check_access(p, N, false, false); }           \
+  void __tsan_write##N(void* p) { check_access(p, N, true, false); }           \
+  void __tsan_volatile_read##N(void* p) { check_access(p, N, false, false); }  \
+  void __tsan_volatile_write##N(void* p) { check_access(p, N, true, false); }  \
+  void __tsan_unaligned_read##N(void* p) { check_access(p, N, false, false); } \
+  void __tsan_unaligned_write##N(void* p) { check_access(p, N, true, false); }
+PYELASTIC_HOOKS(1)
+PYELASTIC_HOOKS(2)
+PYELASTIC_HOOKS(4)
+PYELASTIC_HOOKS(8)
+PYELASTIC_HOOKS(16)
+#undef PYELASTIC_HOOKS
+void __tsan_read_range(void* p, unsigned long size) { check_access(p, size, false, false); }
+void __tsan_write_range(void* p, unsigned long size) { check_access(p, size, true, false); }
+}
+
+#endif

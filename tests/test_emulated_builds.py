@@ -1,0 +1,58 @@
+"""The op tests of backend "cuda" once more, under the emulator's sanitizer builds, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def _library(name: str) -> str:
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _environment(build: str) -> dict[str, str]:
+    environment = {**os.environ, "PYELASTIC_TEST_EMULATOR": build}
+    if build == "asan":
+        # libstdc++ as well: else the interceptor of exceptions, which torch throws, finds nothing to call.
+        environment["LD_PRELOAD"] = f"{_library('libasan.so')} {_library('libstdc++.so')}"
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    return environment
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """Both builds at once: each is a process on one core."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", "cuda"]
+    started = {}
+    for build in ("asan", "race"):
+        if list(emulated.BUILD.glob(f"_emulator_{build}.*")):
+            log = tmp_path_factory.mktemp(build) / "log"
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=_environment(build), stdout=file, stderr=subprocess.STDOUT
+                )
+            started[build] = (process, log)
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, under compute-sanitizer")
+@pytest.mark.skipif(emulated.NAME != "plain", reason="already in such a process")
+@pytest.mark.parametrize("build", ["asan", "race"])
+def test_cuda_kernels_under(build: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
+    if build not in runs:
+        pytest.skip("the emulator was not built; make test builds it")
+    process, log = runs[build]
+    status = process.wait(timeout=1500)
+    text = log.read_text()
+    assert status == 0 and " passed" in text.splitlines()[-1], text[-6000:]
