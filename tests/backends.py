@@ -1,5 +1,6 @@
 """Which backends a test runs over: whatever the dispatcher's own table says is implemented."""
 
+import importlib.util
 from typing import Any
 
 import emulated
@@ -15,11 +16,18 @@ EMULATOR = None if GPU else emulated.load()
 if EMULATOR is not None:
     _extension.emulate(EMULATOR)
 
+# And backend "triton" under the checked interpreter; conftest has set TRITON_INTERPRET.
+INTERPRETED = not GPU and importlib.util.find_spec("triton") is not None
+if INTERPRETED:
+    import interpreted
+
+    interpreted.install()
+
 
 def implemented(op: str) -> list[str]:
     """Backends of `op` that have code, and a GPU or an emulator to run it on."""
     table = _dispatch.registry()[op]
-    there = {"eager": True, "cpu": True, "triton": GPU, "cuda": GPU or EMULATOR is not None}
+    there = {"eager": True, "cpu": True, "triton": GPU or INTERPRETED, "cuda": GPU or EMULATOR is not None}
     return [name for name in there if there[name] and table[name].run is not None]
 
 

@@ -14,6 +14,10 @@ import hypothesis
 import pytest
 import torch
 
+# Read when a Triton kernel is defined: with no GPU, kernels run on the CPU (tests/interpreted.py).
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=40)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -34,6 +34,7 @@ from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, Sweep, statis
 from pyelastic.margins import ArcFace, Margin
 from pyelastic.ops import _margin_softmax_cpu as cpu
 from pyelastic.ops import _margin_softmax_cuda as cuda
+from pyelastic.ops import _margin_softmax_triton as triton
 
 OP = "margin_softmax"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -388,7 +389,7 @@ _OPS = {
         _library.define(f"{OP}_fwd", name, _FORWARD, launcher.forward, _fake_forward),
         _library.define(f"{OP}_bwd", name, _BACKWARD, launcher.backward, _fake_backward),
     )
-    for name, launcher in (("cpu", cpu), ("cuda", cuda))
+    for name, launcher in (("cpu", cpu), ("cuda", cuda), ("triton", triton))
 }
 
 
@@ -468,12 +469,17 @@ def _cuda_why_not(call: Call) -> str | None:
     return dtype or _extension.cuda_why_not(str(call.device))
 
 
+def _triton_why_not(call: Call) -> str | None:
+    dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
+    return dtype or triton.why_not(str(call.device))
+
+
 _HALF, _ALL = ("float16", "bfloat16", "float32"), ("float16", "bfloat16", "float32", "float64")
 
 _dispatch.register(
     OP,
     _dispatch.Backend("cuda", _run("cuda"), _cuda_why_not, _HALF, label="emulated; not yet run on a GPU"),
-    _dispatch.not_implemented("triton", "margin_softmax has no Triton kernel yet; it is the next piece of work"),
+    _dispatch.Backend("triton", _run("triton"), _triton_why_not, _HALF, label="interpreted; not yet run on a GPU"),
     _dispatch.Backend("cpu", _run("cpu"), _cpu_why_not, _ALL, label="tested on CPU"),
     _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
     make_call=_make_call,

@@ -1,0 +1,103 @@
+"""What only the Triton launcher has: wide rows through a GEMM, splits, chunks, order of programs, int64 addresses."""
+
+from typing import Any
+
+import backends
+import pytest
+import torch
+from margin_softmax_cases import OP, VARIANTS, Case, call, compare, make
+from torch import Tensor
+
+from pyelastic import margins as M
+from pyelastic.ops import _margin_softmax_triton as launcher
+from pyelastic.ops import margin_softmax as op
+
+pytestmark = pytest.mark.skipif("triton" not in backends.implemented(OP), reason="no GPU and no interpreter")
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {}, {"label_smoothing": 0.1}, {"subcenters": 2}, {"classes": torch.arange(0, 150, 2)}, {"margin": "Curricular"}
+)  # fmt: skip
+
+
+def check(dtype: torch.dtype, options: dict[str, Any], dim: int = 20) -> None:
+    options = dict(options)
+    margin = VARIANTS[options.pop("margin", "ArcFace-none")]
+    case = make(20, 150, dim, dtype=dtype, subcenters=options.get("subcenters", 1))
+    if "classes" in options:
+        case.labels = case.labels // 2 * 2
+    compare("triton", case, margin, **options)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_wider_than_the_fused_kernels(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P of a chunk and a GEMM, in several chunks; the narrow limit stands in for D > 512."""
+    monkeypatch.setattr(launcher._kernels(), "WIDEST_FUSED", 8)
+    monkeypatch.setattr(launcher, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(launcher, "FINISH_ELEMENTS", 128)
+    check(dtype, options)
+
+
+def test_a_row_really_that_wide() -> None:
+    check(torch.float32, {}, dim=600)
+
+
+@pytest.mark.parametrize("dim", (130, 260, 512))
+def test_each_configuration(dim: int) -> None:
+    check(torch.float16, {}, dim)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("programs", (1, 2))
+def test_any_number_of_splits(options: dict[str, Any], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "PROGRAMS", programs)
+    check(torch.float32, options)
+
+
+def everything(case: Case) -> list[Tensor]:
+    (loss, aux), e, w = call("triton", case, M.ArcFace(), return_aux=True, label_smoothing=0.1)
+    loss.backward()
+    return [loss.detach(), e.grad, w.grad, *(x.detach() for x in aux)]
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the order of programs is the interpreter's to choose")
+def test_order_of_programs_changes_no_bit() -> None:
+    import interpreted
+
+    case = make(70, 200, 24)
+    interpreted.seed(0)
+    first = everything(case)
+    for seed in range(1, 4):
+        interpreted.seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(first, everything(case), strict=True))
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the overflow checks are the interpreter's")
+def test_addresses_beyond_32_bits() -> None:
+    """Row strides of 2^29 on three rows: any product in int32 would trip the overflow check before it is wrong."""
+    storage = torch.empty(0, dtype=torch.float16)
+    storage.untyped_storage().resize_(2 * ((1 << 29) * 4 + 16))  # committed lazily: three rows are touched
+    weight = storage.set_(storage.untyped_storage(), 0, (5, 16), (1 << 29, 1))
+    small = make(4, 5, 16, dtype=torch.float16)
+    weight.copy_(small.weight)
+    inputs = (small.embeddings, weight, small.labels, None, None, None, 8.0, 1, 0)
+    theta, lse, *_, best = op._OPS["triton"][0](*inputs)
+    contiguous = op._OPS["triton"][0](small.embeddings, small.weight, *inputs[2:])
+    assert torch.equal(lse, contiguous[1]) and torch.equal(theta, contiguous[0])
+    ones = torch.ones_like(lse)
+    wide = op._OPS["triton"][1](*inputs[:-1], theta, lse, best, ones, ones, None, True, False)[0]
+    near = op._OPS["triton"][1](
+        small.embeddings, small.weight, *inputs[2:-1], theta, lse, best, ones, ones, None, True, False
+    )[0]
+    assert torch.equal(wide, near)
+
+
+def test_label_out_of_range_is_nan() -> None:
+    case = make(6, 20, 8)
+    labels = case.labels.clone()
+    labels[2] = 1 << 40
+    device = backends.device_of("triton")
+    inputs = (case.embeddings.to(device), case.weight.to(device), labels.to(device), None, None, None, 8.0, 1, 0)
+    theta = op._OPS["triton"][0](*inputs)[0]
+    assert theta.isnan().tolist() == [i == 2 for i in range(6)]
