@@ -140,10 +140,17 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     if a.dtype.scalar.primitive_bitwidth == 8:
         return _original[BUILDER, "create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
     left, right = _widen(a), _widen(b)
-    if a.dtype.scalar == tl.float32 and str(input_precision).upper().endswith("TF32"):
-        left, right = to_tf32(left), to_tf32(right)
     wide = np.float64 if d.data.dtype == np.float64 else np.float32
-    total = np.matmul(left.astype(wide), right.astype(wide)) + _widen(d)
+    precision = str(input_precision).upper() if a.dtype.scalar == tl.float32 else ""
+    if precision.endswith(("TF32", "TF32X3")):
+        high = [to_tf32(x) for x in (left, right)]
+        product = np.matmul(*high)
+        if precision.endswith("X3"):  # the remainders, but for their own product
+            low = [to_tf32(x - h) for x, h in zip((left, right), high, strict=True)]
+            product = product + (np.matmul(high[0], low[1]) + np.matmul(low[0], high[1]))
+        total = product + _widen(d)
+    else:
+        total = np.matmul(left.astype(wide), right.astype(wide)) + _widen(d)
     if _is_bfloat16(d):
         return _narrow(total, d.dtype.scalar)
     return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)

@@ -132,3 +132,10 @@ def test_tf32_loses_what_a_gpu_loses():
     rounded = [torch.from_numpy(checked.to_tf32(x.numpy())).double() for x in (a, b)]
     exact = rounded[0] @ rounded[1]
     torch.testing.assert_close(c.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_tf32x3_is_close_to_float32():
+    a, b, c = torch.randn(32, 32), torch.randn(32, 32), torch.empty(32, 32)
+    kernels.dot[(1,)](a, b, c, "tf32x3", N=32)
+    error = (c.double() - a.double() @ b.double()).abs().max()
+    assert 0 < error < 2e-5

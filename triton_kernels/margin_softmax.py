@@ -2,13 +2,14 @@
 
 Algorithm. A program of the forward owns a block of rows and every S-th tile of classes, and carries its statistics with
 a running maximum, as flash attention does; S partial results a row are merged by the caller: no locks, no atomics,
-the same bits every time. Backward up to D = 512 is fused: a program owns a block of rows of dE, or a block of
-classes of dW, recomputes the tiles of cosines along the other axis and multiplies them in registers, so no B x C
-array of any kind reaches memory. Beyond, `gradient_tile` writes P for one chunk of classes, for a GEMM.
+the same bits every time. Backward up to D = 512 (256 for float32) is fused: a program owns a block of rows of dE, or a
+block of classes of dW, recomputes the tiles of cosines along the other axis and multiplies them in registers, so no
+B x C array of any kind reaches memory. Beyond, `gradient_tile` writes P for one chunk of classes, for a GEMM.
 
 Unit rows of W are never stored: a tile of W is loaded as it is, scaled by 1 / |w| and rounded to the operand type.
-Operands are float16 (bytes of P: 2) or float32; sums are float32; addresses int64. Gradients are scaled as in the
-contract: P = 2^14 G / row_scale. Flags are constexpr, so what a call does not ask for costs nothing.
+Operands are float16, or float32 in three tf32 products (an error of 2^-21 of a product); sums are float32; addresses
+int64. Gradients are scaled as in the contract: P = 2^14 G / row_scale. Flags are constexpr, so what a call does not ask
+for costs nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# D up to -> (BLOCK_B, BLOCK_C, BLOCK_D, num_warps, num_stages), the same on all architectures until one is measured.
-# The first three fit 166,912 bytes of shared memory of sm_80 and spill nothing (tests/test_triton_budget.py).
-MARGIN_SOFTMAX_CONFIGS = {128: (64, 64, 64, 4, 3), 256: (64, 64, 64, 8, 2), 512: (64, 32, 64, 8, 2)}
-WIDEST_FUSED = 512
-BEYOND = (64, 64, 64, 4, 3)  # of the forward and of gradient_tile
+# (operand bits, D up to, or 0 for a kernel without an accumulator of width D)
+#   -> (BLOCK_B, BLOCK_C, BLOCK_D, num_warps, num_stages).
+# Chosen by compiling: none spills on sm_80, sm_90, sm_100, and shared memory fits sm_80 (tests/test_kernel_budget.py).
+# Not yet measured on a GPU. The widths listed are those of the fused backward; beyond, P goes through a GEMM.
+MARGIN_SOFTMAX_CONFIGS = {
+    (16, 0): (128, 64, 64, 8, 3),
+    (16, 128): (64, 64, 64, 4, 3),
+    (16, 256): (64, 64, 64, 8, 2),
+    (16, 512): (64, 16, 64, 8, 2),
+    (32, 0): (64, 64, 32, 4, 2),
+    (32, 128): (32, 32, 32, 4, 1),
+    (32, 256): (32, 32, 32, 8, 1),
+}
+MARGIN_SOFTMAX_CONFIGS_SM100 = MARGIN_SOFTMAX_CONFIGS | {(16, 512): (32, 32, 64, 8, 2)}
 PARTIALS = 7  # max, sum, sum_sq, sum_z, sum_cos, rank, top
 
 
@@ -77,7 +87,7 @@ def _cosines(
         m_d = o_d < D
         b_e = tl.load(p_e + o_b[:, None] * D + o_d[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
         b_w = _unit_rows(p_w, p_inv, row, o_r, m_c, o_d, m_d, s_row, s_col, OPERAND)
-        acc = tl.dot(b_e, tl.trans(b_w), acc, input_precision="ieee")
+        acc = tl.dot(b_e, tl.trans(b_w), acc, input_precision="tf32x3")
     return acc
 
 
@@ -209,7 +219,7 @@ def grad_e(
             row = tl.load(p_index + o_r, mask=m_c, other=0) if HAS_INDEX else o_r
             b_w = _unit_rows(p_w, p_inv, row, o_r, m_c, o_w, m_w, s_row, s_col, OPERAND)
             part = p if K == 1 else tl.where(winner == k, p, tl.zeros_like(p))
-            acc = tl.dot(part, b_w, acc, input_precision="ieee")
+            acc = tl.dot(part, b_w, acc, input_precision="tf32x3")
     p_o = p_out + (tl.cast(i_s, tl.int64) * B + o_b[:, None]) * D + o_w[None, :]
     tl.store(p_o, acc, mask=m_b[:, None] & m_w[None, :])
 
@@ -267,7 +277,7 @@ def grad_w(
         if K > 1:
             p = tl.where(winner == k, p, tl.zeros_like(p))
         b_e = tl.load(p_scaled + o_b[:, None] * D + o_w[None, :], mask=m_b[:, None] & m_w[None, :], other=0.0)
-        acc = tl.dot(tl.trans(p), b_e, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(p), b_e, acc, input_precision="tf32x3")
     _finish_w(acc, o_c * K + k, m_c, o_w, m_w, p_w, p_inv, p_index, p_unit, p_along, p_back, p_sorted, p_order,
               tl.load(p_first + i_c), tl.load(p_first + i_c + 1), p_scale, p_out, D, s_row, s_col, s_out_row, s_out_col,
               HAS_INDEX)  # fmt: skip

@@ -89,31 +89,41 @@ class _Problem:
         inverse = 1.0 / norm + (norm - norm)  # NaN for an infinite row, not 0
         self.e_inv = torch.where(norm <= eager.ZERO_NORM, 0.0, inverse).float()
         self.w_inv = torch.empty(self.count * subcenters, device=self.device)
-        width = max(16, triton.next_power_of_2(self.dim))
-        self.width, self.fused = width, width <= self.kernels.WIDEST_FUSED
-        table = self.kernels.MARGIN_SOFTMAX_CONFIGS
-        config = next((table[limit] for limit in sorted(table) if width <= limit), self.kernels.BEYOND)
-        self.block_b, self.block_c, block_d, warps, stages = config
-        self.constants = {
-            "K": subcenters,
-            "HAS_INDEX": self.sampled,
-            "HARD": self.hard,
-            "OPERAND": tl.float16 if self.half else tl.float32,
-            "BLOCK_B": self.block_b,
-            "BLOCK_C": self.block_c,
-            "BLOCK_D": min(block_d, width),
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+        self.width = max(16, triton.next_power_of_2(self.dim))
+        self.operand_type = tl.float16 if self.half else tl.float32
+        newest = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (10, 0)
+        self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if newest else self.kernels.MARGIN_SOFTMAX_CONFIGS
         rows = self.count * subcenters
         self.kernels.inverse_norms[(self.cdiv(rows, 16),)](
             self.weight, self.index, self.w_inv, rows, self.dim, *self.weight.stride(), HAS_INDEX=self.sampled,
-            BLOCK=16, BLOCK_D=min(256, width), num_warps=4,
+            BLOCK=16, BLOCK_D=min(256, self.width), num_warps=4,
         )  # fmt: skip
 
-    def splits(self) -> int:
+    def fused_width(self) -> int | None:
+        """The accumulator width of the fused backward, None if D is beyond it."""
+        bits = 16 if self.half else 32
+        fitting = [width for width_bits, width in self.table if width_bits == bits and width >= self.width]
+        return min(fitting, default=None)
+
+    def configure(self, width: int) -> tuple[int, int, dict[str, Any]]:
+        """BLOCK_B, BLOCK_C and all constexpr arguments, for an accumulator of this width (0: none)."""
+        block_b, block_c, block_d, warps, stages = self.table[16 if self.half else 32, width]
+        constants = {
+            "K": self.k,
+            "HAS_INDEX": self.sampled,
+            "HARD": self.hard,
+            "OPERAND": self.operand_type,
+            "BLOCK_B": block_b,
+            "BLOCK_C": block_c,
+            "BLOCK_D": min(block_d, self.width),
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        return block_b, block_c, constants
+
+    def splits(self, block_b: int, block_c: int) -> int:
         """Programs that share a block of rows: enough to fill a GPU, from shapes alone."""
-        tiles, blocks = self.cdiv(self.count, self.block_c), max(1, self.cdiv(self.batch, self.block_b))
+        tiles, blocks = self.cdiv(self.count, block_c), max(1, self.cdiv(self.batch, block_b))
         return max(1, min(tiles, PROGRAMS // blocks))
 
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,13 +165,14 @@ def forward(
     with _guard(embeddings.device):
         p = _Problem(embeddings, weight, labels, classes, threshold, hard_map, scale, subcenters)
         theta, best, _ = p.target()
-        splits = p.splits()
+        block_b, block_c, constants = p.configure(0)
+        splits = p.splits(block_b, block_c)
         partials = torch.zeros(p.kernels.PARTIALS, splits, p.batch, device=p.device)
         if p.batch:
-            p.kernels.forward[(p.cdiv(p.batch, p.block_b), splits)](
+            p.kernels.forward[(p.cdiv(p.batch, block_b), splits)](
                 p.unit.to(p.operand), p.weight, p.w_inv, p.index, p.labels, p.threshold, p.hard_map,
                 torch.cos(theta), partials, p.batch, p.count, p.dim, *p.weight.stride(), scale, splits,
-                EXTRA=stats != 0, **p.constants,
+                EXTRA=stats != 0, **constants,
             )  # fmt: skip
         most, total, sq, z, cos, rank, top = partials.double().unbind(0)
         maximum = most.amax(0)
@@ -224,7 +235,7 @@ def backward(
             grad_lse * (scale * GRADIENT_SCALE) / row_scale, added * GRADIENT_SCALE / row_scale,
             p.threshold, p.hard_map,
         )  # fmt: skip
-        sums = (_fused if p.fused else _chunked)(
+        sums = (_chunked if p.fused_width() is None else _fused)(
             p, state, row_scale, along, back, position, d_weight, need_embeddings, need_weight
         )
         if not need_embeddings:
@@ -252,19 +263,22 @@ def _fused(
     d_weight: Tensor, need_embeddings: bool, need_weight: bool,
 ) -> Tensor:  # fmt: skip
     """dW into ``d_weight``; returns sum_j P_ij w^_j [B, D]."""
-    d_e = torch.empty(p.splits() if need_embeddings else 0, p.batch, p.dim, device=p.device)
+    width = p.fused_width()
+    assert width is not None  # else _chunked is called
+    block_b, block_c, constants = p.configure(width)
+    d_e = torch.empty(p.splits(block_b, block_c) if need_embeddings else 0, p.batch, p.dim, device=p.device)
     if need_embeddings:
-        p.kernels.grad_e[(p.cdiv(p.batch, p.block_b), d_e.shape[0])](
+        p.kernels.grad_e[(p.cdiv(p.batch, block_b), d_e.shape[0])](
             *state, d_e, p.batch, p.count, p.dim, *p.weight.stride(), p.scale, d_e.shape[0],
-            WIDTH=p.width, **p.constants,
+            WIDTH=width, **constants,
         )  # fmt: skip
     if need_weight:
         scaled, factor, tangents, ordered = _finish_arguments(p, row_scale, along, back, position)
-        tiles = p.cdiv(p.count, p.block_c)
-        starts = torch.arange(tiles + 1, device=p.device) * (p.block_c * p.k)
+        tiles = p.cdiv(p.count, block_c)
+        starts = torch.arange(tiles + 1, device=p.device) * (block_c * p.k)
         p.kernels.grad_w[(tiles, p.k)](
             *state, scaled, *tangents, torch.searchsorted(ordered, starts), factor, d_weight, p.batch, p.count, p.dim,
-            *p.weight.stride(), *d_weight.stride(), p.scale, WIDTH=p.width, **p.constants,
+            *p.weight.stride(), *d_weight.stride(), p.scale, WIDTH=width, **constants,
         )  # fmt: skip
     return d_e.sum(0)
 
@@ -275,15 +289,16 @@ def _chunked(
 ) -> Tensor:  # fmt: skip
     """As ``_fused``, for a D whose accumulators do not fit the registers: P of one chunk of classes at a time."""
     scaled, factor, tangents, ordered = _finish_arguments(p, row_scale, along, back, position)
-    chunk = max(p.block_c, CHUNK_BYTES // (p.batch * p.k * p.operand.itemsize) // p.block_c * p.block_c)
+    block_b, block_c, constants = p.configure(0)
+    chunk = max(block_c, CHUNK_BYTES // (p.batch * p.k * p.operand.itemsize) // block_c * block_c)
     block = max(1, FINISH_ELEMENTS // p.width)
     sums = torch.zeros(p.batch, p.dim, device=p.device)
     for first in range(0, p.count, chunk):
         n = min(chunk, p.count - first)
         begin, width = first * p.k, n * p.k
         tile = torch.empty(p.batch, width, dtype=p.operand, device=p.device)
-        p.kernels.gradient_tile[(p.cdiv(p.batch, p.block_b), p.cdiv(n, p.block_c))](
-            *state, tile, p.batch, p.count, p.dim, first, n, *p.weight.stride(), p.scale, **p.constants
+        p.kernels.gradient_tile[(p.cdiv(p.batch, block_b), p.cdiv(n, block_c))](
+            *state, tile, p.batch, p.count, p.dim, first, n, *p.weight.stride(), p.scale, **constants
         )
         if need_embeddings:
             rows = p.weight[p.index[begin : begin + width] if p.sampled else slice(begin, begin + width)]

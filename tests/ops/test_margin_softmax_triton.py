@@ -33,7 +33,9 @@ def test_rows_wider_than_the_fused_kernels(
     dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P of a chunk and a GEMM, in several chunks; the narrow limit stands in for D > 512."""
-    monkeypatch.setattr(launcher._kernels(), "WIDEST_FUSED", 8)
+    table = launcher._kernels().MARGIN_SOFTMAX_CONFIGS
+    narrow = {key: value for key, value in table.items() if key[1] == 0}
+    monkeypatch.setattr(launcher._kernels(), "MARGIN_SOFTMAX_CONFIGS", narrow)
     monkeypatch.setattr(launcher, "CHUNK_BYTES", 1)
     monkeypatch.setattr(launcher, "FINISH_ELEMENTS", 128)
     check(dtype, options)

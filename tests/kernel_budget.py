@@ -1,0 +1,139 @@
+"""What each kernel uses of each architecture, measured by compiling; the budget is data/kernel_budget.json.
+
+``python tests/kernel_budget.py`` compiles everything and prints the table of docs/kernels.md; --write renews both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import compiled
+
+BUDGET = Path(__file__).parent / "data" / "kernel_budget.json"
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+HEADING = "| kernel | architecture | registers | spills | shared bytes | matrix instructions |"
+MODULE = "pyelastic.triton_kernels.margin_softmax"
+FLOATS = ("w", "inv", "threshold", "map", "cos_target", "out", "lse", "factor", "sum", "unit", "along", "back", "scale")
+
+
+def triton_requests() -> dict[str, dict[str, Any]]:
+    """name -> request, for every configuration and architecture; strides specialised as the launcher's calls are."""
+    from pyelastic.triton_kernels import margin_softmax as kernels
+
+    pointers = {f"p_{n}": "*fp32" for n in (*FLOATS, "acc")}
+    pointers |= {f"p_{n}": "*i64" for n in ("index", "labels", "sorted", "order", "first")}
+    sizes = dict.fromkeys(("B", "C", "D", "n", "first", "splits"), "i32")
+    strides = dict.fromkeys(("s_row", "s_out_row"), "i64")
+    requests: dict[str, dict[str, Any]] = {}
+    for arch in compiled.ARCHS:
+        table = kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if arch == 100 else kernels.MARGIN_SOFTMAX_CONFIGS
+        for (bits, width), (block_b, block_c, block_d, warps, stages) in table.items():
+            operand = f"float{bits}"
+            moved = {f"p_{n}": f"*fp{bits}" for n in ("e", "scaled", "p")}
+            constants = {"s_col": 1, "K": 1, "HAS_INDEX": False, "HARD": False, "OPERAND": operand,
+                         "BLOCK_B": block_b, "BLOCK_C": block_c, "BLOCK_D": block_d}  # fmt: skip
+            variants: dict[str, dict[str, Any]] = {
+                "forward": {"EXTRA": False},
+                "forward, all statistics": {"EXTRA": True, "HARD": True},
+                "gradient_tile": {"HARD": True},
+            }
+            if width:
+                variants = {"grad_e": {"WIDTH": width}, "grad_w": {"WIDTH": width, "s_out_col": 1}}
+            for name, extra in variants.items():
+                requests[f"triton {name} {operand}{f' D{width}' if width else ''} (sm_{arch})"] = {
+                    "kernel": f"{MODULE}:{name.split(',')[0]}",
+                    "signature": {**pointers, **moved, **sizes, **strides, "scale": "fp32"},
+                    "constants": {**constants, **extra},
+                    "multiples_of_16": ["D", *strides],
+                    "arch": arch, "warps": warps, "stages": stages,
+                }  # fmt: skip
+        common = {"s_col": 1, "HAS_INDEX": False}
+        for name, extra in (
+            ("inverse_norms", {"BLOCK": 16, "BLOCK_D": 256}),
+            ("finish_w", {"BLOCK": 8, "WIDTH": 1024, "s_out_col": 1}),
+        ):
+            requests[f"triton {name} (sm_{arch})"] = {
+                "kernel": f"{MODULE}:{name}",
+                "signature": {**pointers, **sizes, **strides},
+                "constants": {**common, **extra},
+                "multiples_of_16": ["D", *strides],
+                "arch": arch, "warps": 4, "stages": 3,
+            }  # fmt: skip
+    return requests
+
+
+def _demangle(names: list[str]) -> dict[str, str]:
+    """Short readable names: the kernel and its template arguments."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    found = {}
+    for mangled, name in zip(names, done.stdout.splitlines(), strict=True):
+        short = re.sub(r"\(anonymous namespace\)::|pyelastic::cuda::|^void ", "", name)
+        short = re.sub(r"\((bool|int)\)", "", short).replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
+        short = re.sub(r"\((?!anonymous).*$", "", short)
+        found[mangled] = f"cuda {short}"
+    return found
+
+
+def cuda_figures() -> dict[str, dict[str, Any]]:
+    """Figures of the kernels in the built module; empty where it has none or the tools are missing."""
+    from pyelastic import _extension
+
+    if not hasattr(_extension.load(), "cuda_mma_gemm") or not shutil.which("c++filt"):
+        return {}
+    path = str(_extension.load().__file__)
+    raw = compiled.resources(path)
+    mangled = sorted({name.split(" (")[0] for name in raw})
+    readable = _demangle(mangled)
+    command = [compiled.cuobjdump(), "-sass", path]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    matrix: dict[str, int] = {}
+    arch = name = ""
+    for line in sass.splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = match.group(1)
+        elif "HMMA" in line:
+            matrix[f"{name} ({arch})"] = matrix.get(f"{name} ({arch})", 0) + 1
+    found = {}
+    for key, figures in raw.items():
+        symbol, _, rest = key.partition(" (")
+        found[f"{readable[symbol]} ({rest}"] = {
+            "registers": figures["REG"], "stack": figures["STACK"], "local": figures["LOCAL"],
+            "shared": figures["SHARED"], "matrix": matrix.get(key, 0),
+        }  # fmt: skip
+    return found
+
+
+def measure() -> dict[str, dict[str, Any]]:
+    """Everything. An entry that does not compile has "error"."""
+    requests = triton_requests()
+    figures = dict(zip(requests, compiled.triton_figures(list(requests.values())), strict=True))
+    return cuda_figures() | figures
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = [HEADING, "|---|---|---|---|---|---|"]
+    for name, f in sorted(figures.items()):
+        kernel, _, arch = name.rpartition(" (")
+        spills = f["stack"] + f["local"]
+        lines.append(f"| {kernel} | {arch[:-1]} | {f['registers']} | {spills} | {f['shared']} | {f['matrix']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    figures = measure()
+    print(table(figures))
+    if "--write" in sys.argv:
+        BUDGET.write_text(json.dumps(figures, indent=0, sort_keys=True) + "\n")
+        PAGE.write_text(PAGE.read_text().split(HEADING)[0] + table(figures))
+
+
+if __name__ == "__main__":
+    main()
