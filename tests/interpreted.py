@@ -1,6 +1,6 @@
 """A checked Triton interpreter: what TRITON_INTERPRET=1 gets wrong or does not see, put right for tests.
 
-``install()`` patches ``triton.runtime.interpreter`` (written for 3.9; ``moved()`` names patch points that are gone):
+``install()`` patches ``triton.runtime.interpreter`` (of 3.6 and 3.9; ``moved()`` names patch points that are gone):
 
 - bfloat16: arithmetic, reductions, dot and casts in float32 with one rounding to nearest even (the stock interpreter
   computes on the bits as if they were integers, and truncates);
@@ -260,16 +260,16 @@ class _Launch:
 _launch = _Launch()
 
 
-def _masked_load(self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
+def _masked_load(self: Any, ptrs: Any, mask: Any, *how: Any) -> Any:
     size = interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize
     _launch.touch("load", ptrs.data, mask.data, size, None)
-    return _original[BUILDER, "create_masked_load"](self, ptrs, mask, other, cache_policy, is_volatile)
+    return _original[BUILDER, "create_masked_load"](self, ptrs, mask, *how)
 
 
-def _masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+def _masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *how: Any) -> Any:
     size = interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize
     _launch.touch("store", ptrs.data, mask.data, size, value.data)
-    return _original[BUILDER, "create_masked_store"](self, ptrs, value, mask, cache_policy)
+    return _original[BUILDER, "create_masked_store"](self, ptrs, value, mask, *how)
 
 
 def _atomic_rmw(self: Any, operation: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
