@@ -5,7 +5,9 @@ JOBS := $(or $(MAX_JOBS),2)
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test bench lint gpu clean
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+.PHONY: test bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
 
 # torch by itself first: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
@@ -34,16 +36,38 @@ test: $(VENV)/build.stamp $(VENV)/emulator.stamp
 bench: $(VENV)/build.stamp
 	$(PY) -m benchmarks
 
+# Lines of device code that the tests of backend "cuda" reach, from the emulator's build with counters.
+coverage: $(VENV)/build.stamp $(VENV)/emulator.stamp
+	find build/emulator -name '*.gcda' -delete
+	$(PY) -m pytest -q tests/ops -k cuda
+	$(PY) tests/device_coverage.py
+
 lint: $(VENV)/environment.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# On a machine with a GPU, against the torch that is there and without network.
+# On a machine with a GPU, against the torch that is there and without network. STEPS splits it over calls with a time limit.
+STEPS ?= build test sanitize bench
+ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a >= 9))")
 gpu:
-	@test -n "$(OUT)" || { echo "usage: make gpu OUT=dir"; exit 2; }
-	$(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest
-	PYTHONPATH=. $(PYTHON) -m benchmarks --out "$(OUT)"
+	@test -n "$(OUT)" || { echo "usage: make gpu OUT=dir [STEPS='build test sanitize bench']"; exit 2; }
+	mkdir -p "$(OUT)"
+	set -e; for step in $(STEPS); do $(MAKE) --no-print-directory gpu-$$step; done
+
+gpu-build:
+	PYELASTIC_CUDA=ON PYELASTIC_CUDA_ARCHS=$(ARCH) $(PYTHON) setup.py -q build_ext --inplace
+	cmake -S . -B build/planted -G Ninja -DPYELASTIC_PLANTED=ON -DPYELASTIC_CUDA=ON -DPYELASTIC_CUDA_ARCHS=$(ARCH) \
+	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
+	cmake --build build/planted --target planted
+
+gpu-test:
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not slow" 2>&1 | tee "$(OUT)/tests.log"
+
+gpu-sanitize:
+	PYTHONPATH=. $(PYTHON) tests/gpu_sanitize.py 2>&1 | tee "$(OUT)/sanitize.log"
+
+gpu-bench:
+	PYTHONPATH=. $(PYTHON) -m benchmarks --full --rounds 5 --out "$(OUT)" 2>&1 | tee "$(OUT)/bench.log"
 
 clean:
 	rm -rf $(VENV) build pyelastic/_C*.so pyelastic/_build.json *.egg-info

@@ -1,0 +1,85 @@
+"""compute-sanitizer's four tools on one small case per CUDA kernel, each after it has caught a planted bug.
+
+``python tests/gpu_sanitize.py`` on a machine with a GPU, after `make gpu-build`. A tool that does not catch its bug
+fails the run: its silence about our kernels would mean nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PLANTED = ROOT / "build" / "planted"
+# tool -> the bug of tests/planted/cuda_bugs.cu; "uninitialised" is a clean kernel on memory that nobody wrote.
+TOOLS = {"memcheck": "4", "racecheck": "1", "synccheck": "5", "initcheck": "uninitialised"}
+
+
+def run_bug(bug: str) -> None:
+    import torch
+
+    sys.path.append(str(PLANTED))
+    import planted
+
+    rows, columns = 16, 300
+    if bug == "uninitialised":
+        x, number = torch.empty(rows, columns, device="cuda"), 0
+    else:
+        x, number = torch.randn(rows, columns, device="cuda"), int(bug)
+    out = torch.zeros(rows, device="cuda")
+    planted.row_sum(number, x.data_ptr(), rows, columns, out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+
+
+def run_cases() -> None:
+    """Forward and backward through every kernel: both operand types, all statistics, hard negatives, sub-centres."""
+    import torch
+
+    import pyelastic
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for subcenters, margin in ((1, None), (1, pyelastic.margins.CurricularFace(t=0.3)), (2, None)):
+            e = torch.randn(33, 40, device="cuda", dtype=dtype, requires_grad=True)
+            w = torch.randn(150 * subcenters, 40, device="cuda", dtype=dtype, requires_grad=True)
+            labels = torch.randint(0, 150, (33,), device="cuda")
+            for aux in (False, True):
+                out = pyelastic.margin_softmax(
+                    e, w, labels, margin=margin, subcenters=subcenters, return_aux=aux, backend="cuda"
+                )
+                (out[0] if aux else out).backward()
+    torch.cuda.synchronize()
+
+
+def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, *arguments]
+    # torch's allocator hands out parts of large blocks, in which no overrun is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def main() -> int:
+    if not shutil.which("compute-sanitizer"):
+        print("compute-sanitizer is not on the PATH")
+        return 1
+    failed = 0
+    for tool, bug in TOOLS.items():
+        caught = sanitize(tool, "--bug", bug).returncode == 9
+        print(f"{tool}: planted bug {bug} {'caught' if caught else 'NOT CAUGHT'}")
+        done = sanitize(tool, "--cases")
+        print(f"{tool}: our kernels {'clean' if done.returncode == 0 else 'NOT CLEAN'}")
+        if not caught or done.returncode:
+            failed += 1
+            print("\n".join(line for line in done.stdout.splitlines() if line.startswith("====="))[-4000:])
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bug"]:
+        run_bug(sys.argv[2])
+    elif sys.argv[1:] == ["--cases"]:
+        run_cases()
+    else:
+        raise SystemExit(main())
