@@ -20,9 +20,9 @@ from pyelastic import _extension
 from pyelastic.eager.margin_softmax import MOMENTS, SUM_COS
 from pyelastic.ops._margin_softmax_cpu import DTYPES, finish
 
-# Bytes of a tile of cosines and of a chunk of unit rows: a third of the smallest L2 of sm_80 and newer data-centre
-# GPUs (40 MB). An estimate: not yet measured on a GPU.
-TILE_BYTES = 13 << 20
+# Bytes of a tile of cosines (or of P) and of a chunk of unit rows: 40 % of the L2 of an H100 or H200, half of an A100's.
+# An estimate: not yet measured on a GPU.
+TILE_BYTES = 20 << 20
 TILE = 128  # classes, of the tensor-core kernels
 # Parts of the sum over classes in dE, each with an accumulator of its own: B x D alone has too few tiles for a GPU.
 SPLITS = 4
@@ -88,7 +88,8 @@ class _Problem:
         self.count = weight.shape[0] // subcenters if classes is None else classes.shape[0]
         self.threshold = None if threshold is None else threshold.float().contiguous()
         self.hard_map = None if hard_map is None else hard_map.float().contiguous()
-        rows = TILE_BYTES // (max(self.batch * 4, self.ld * self.operand.itemsize, 1) * subcenters)
+        tile_bytes = self.batch * (2 if self.in_registers else 4)  # of a class: its P, or its cosines
+        rows = TILE_BYTES // (max(tile_bytes, self.ld * self.operand.itemsize) * subcenters)
         self.chunk = min(self.count, max(TILE, rows // TILE * TILE))
 
     def call(self, name: str, *arguments: Any) -> None:
