@@ -14,7 +14,7 @@ $(VENV)/environment.stamp: constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints-dev.txt torch==2.13.0 numpy
 	$(PY) -m pip install --quiet -c constraints-dev.txt setuptools pybind11 cmake ninja pytest hypothesis ruff mypy rich \
-	  matplotlib psutil scikit-learn pytorch-metric-learning
+	  matplotlib psutil scikit-learn pytorch-metric-learning $(if $(filter Linux,$(shell uname)),triton)
 	touch $@
 
 $(VENV)/build.stamp: $(VENV)/environment.stamp $(SOURCES)
