@@ -20,7 +20,7 @@ from pyelastic import _extension
 from pyelastic.eager.margin_softmax import MOMENTS, SUM_COS
 from pyelastic.ops._margin_softmax_cpu import DTYPES, finish
 
-# Bytes of a tile of cosines (or of P) and of a chunk of unit rows: 40 % of the L2 of an H100 or H200, half of an A100's.
+# Bytes of a tile of cosines (or of P) and of a chunk of unit rows: 40 % of an H200's L2, half of an A100's.
 # An estimate: not yet measured on a GPU.
 TILE_BYTES = 20 << 20
 TILE = 128  # classes, of the tensor-core kernels
