@@ -161,6 +161,8 @@ def measure(
         if reason is not None:
             rows[name]["failed"] = reason
             del variants[name]  # no speed without a right result
+            if device == "cuda":
+                torch.cuda.empty_cache()  # what ran out of memory must not starve the next
         else:
             rows[name].update(step_s=[], forward_s=[], memory=peak_memory(bench, case, name, device))
     rows["floor"] = {"step_s": [], "forward_s": [], "memory": None}

@@ -4,7 +4,7 @@
 
 - bfloat16: arithmetic, reductions, dot and casts in float32 with one rounding to nearest even (the stock interpreter
   computes on the bits as if they were integers, and truncates);
-- tf32: operands of a float32 ``tl.dot`` are rounded unless ``input_precision="ieee"``;
+- tf32: operands of a float32 ``tl.dot`` are cut short unless ``input_precision="ieee"``;
 - ``tl.device_assert`` fires, and with it Triton's own check of int32 overflow;
 - every lane of every load, store and atomic must lie inside a tensor that is an argument of the launch;
 - races: within one launch no program may touch what another program writes, unless both do so by atomics; two lanes of
@@ -80,10 +80,9 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """Nearest number of ten mantissa bits, ties away from zero (cvt.rna.tf32)."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(values), rounded, values)
+    """The low 13 bits dropped: Triton's PTX holds no cvt.tf32, and the tensor cores do not read those bits (inferred)."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(values), bits.view(np.float32), values)
 
 
 def _is_bfloat16(handle: Any) -> bool:
