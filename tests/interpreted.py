@@ -80,7 +80,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """The low 13 bits dropped: Triton's PTX holds no cvt.tf32, and the tensor cores do not read those bits (inferred)."""
+    """The low 13 bits dropped: Triton emits no cvt.tf32, and tensor cores do not read those bits (inferred)."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(values), bits.view(np.float32), values)
 
