@@ -19,14 +19,8 @@
 
 // --- types ---
 
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
 };
 
 struct dim3 {
@@ -87,7 +81,6 @@ inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(x * 3.14159265358979323846);
   *cosine = std::cos(x * 3.14159265358979323846);
 }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // --- synchronisation ---
 
@@ -188,4 +181,3 @@ template <class T>
 T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> value) {
   return pyelastic::emulator::atomic(at, [&](T before) { return before == expected ? value : before; });
 }
-inline void __threadfence() {}

@@ -39,8 +39,10 @@ void* scheduler_sp;
 #else
 ucontext_t scheduler_context;
 #endif
+#if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_bytes = 0;
+#endif
 
 }  // namespace
 

@@ -3,12 +3,26 @@
 //
 // Two accesses to a byte conflict if one writes, not both are atomic, they come from different threads, and no
 // barrier lies between: __syncthreads orders threads of a block, a warp collective those lanes that took
-// part, nothing orders blocks. Per byte the last write and two reads are kept; a third reader takes
-// the place of one that is ordered before it, else of none: a later write conflicts with those kept as well.
+// part, nothing orders blocks. Per byte the last write and a summary of the reads since are kept: which lanes of which
+// warp of which block, or that more than one warp or block has read, when every write without a barrier conflicts.
+#include "state.h"
+
+#if !defined(PYELASTIC_EMULATOR_RACE)
+
+namespace pyelastic {
+namespace emulator {
+
+void begin_race_check() {}
+void forget(const void*, std::size_t) {}
+void check_access(const void*, std::size_t, bool, bool) {}
+
+}  // namespace emulator
+}  // namespace pyelastic
+
+#else
+
 #include <array>
 #include <unordered_map>
-
-#include "state.h"
 
 namespace pyelastic {
 namespace emulator {
@@ -20,8 +34,17 @@ struct Access {
   bool there = false, atomic = false;
 };
 
+constexpr std::uint32_t kSeveral = ~std::uint32_t{0};
+
+struct Readers {
+  std::uint32_t block = 0, warp = 0;  // or kSeveral
+  std::uint32_t block_clock = 0, warp_clock = 0;
+  std::uint32_t lanes = 0;  // 0: nobody
+};
+
 struct Cell {
-  Access write, reads[2];
+  Access write;
+  Readers readers;
 };
 
 constexpr std::size_t kPage = 1024;
@@ -56,9 +79,51 @@ std::string describe(std::uintptr_t address) {
   return "global memory";
 }
 
-[[noreturn]] void report(const Access& other, const char* their, const char* our, std::uintptr_t address) {
-  fail(std::string("race: ") + our + " of " + describe(address) + " and " + their + " by block " +
-       std::to_string(other.block) + ", thread " + std::to_string(other.thread) + " with no barrier between");
+// Those lanes whose reads nothing orders before what this thread does now.
+std::uint32_t unordered_lanes(const Readers& readers) {
+  std::uint32_t left = readers.lanes & ~(1u << (thread_now->id % 32));
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (thread_now->synced[lane] > readers.warp_clock) left &= ~(1u << lane);
+  }
+  return left;
+}
+
+bool ordered(const Readers& before, const Access& now) {
+  if (before.lanes == 0) return true;
+  if (before.block != now.block) return false;
+  if (before.block_clock < now.block_clock) return true;
+  return before.warp == now.thread / 32 && unordered_lanes(before) == 0;
+}
+
+void add(Readers& readers, const Access& now) {
+  const std::uint32_t warp = now.thread / 32, own = 1u << (now.thread % 32);
+  if (readers.lanes != 0 && readers.block != now.block) {
+    readers.block = kSeveral;
+  } else if (readers.lanes == 0 || readers.block_clock < now.block_clock) {
+    readers = {now.block, warp, now.block_clock, now.warp_clock, own};
+  } else if (readers.warp != warp) {
+    readers.warp = kSeveral;
+  } else {
+    // Who is ordered before this lane is, through it, ordered before all that this lane is.
+    readers.lanes = unordered_lanes(readers) | own;
+    readers.warp_clock = now.warp_clock;
+  }
+}
+
+std::string name(const Access& access) {
+  return std::string(access.atomic ? "an atomic" : "a write") + " by block " + std::to_string(access.block) +
+         ", thread " + std::to_string(access.thread);
+}
+
+std::string name(const Readers& readers) {
+  if (readers.block == kSeveral) return "reads by several blocks";
+  const std::string block = " by block " + std::to_string(readers.block) + ", ";
+  return readers.warp == kSeveral ? "reads" + block + "several warps" : "a read" + block + "warp " +
+                                                                            std::to_string(readers.warp);
+}
+
+[[noreturn]] void report(const std::string& theirs, const char* our, std::uintptr_t address) {
+  fail(std::string("race: ") + our + " of " + describe(address) + " and " + theirs + " with no barrier between");
 }
 
 void check_bounds(std::uintptr_t address, std::size_t size) {
@@ -78,11 +143,8 @@ void begin_race_check() {
 }
 
 void forget(const void* data, std::size_t bytes) {
-  if (pages.empty()) return;
   for (std::size_t i = 0; i < bytes; ++i) cell(reinterpret_cast<std::uintptr_t>(data) + i) = Cell();
 }
-
-#if defined(PYELASTIC_EMULATOR_RACE)
 
 void check_access(const void* p, std::size_t size, bool is_write, bool is_atomic) {
   if (launch_now == nullptr || thread_now == nullptr || thread_now->fiber.on_stack(p)) return;
@@ -99,37 +161,21 @@ void check_access(const void* p, std::size_t size, bool is_write, bool is_atomic
   for (std::uintptr_t byte = address; byte < address + size; ++byte) {
     Cell& c = cell(byte);
     if (!(is_atomic && c.write.atomic) && !ordered(c.write, now)) {
-      report(c.write, c.write.atomic ? "an atomic" : "a write", is_write ? "write" : "read", byte);
+      report(name(c.write), is_write ? "write" : "read", byte);
     }
-    if (is_write) {
-      for (const Access& read : c.reads) {
-        if (!ordered(read, now)) report(read, "a read", "write", byte);
-      }
-      c.write = now;
+    if (!is_write) {
+      add(c.readers, now);
       continue;
     }
-    Access* slot = nullptr;
-    for (Access& read : c.reads) {
-      if (read.there && read.block == now.block && read.thread == now.thread) slot = &read;
-    }
-    for (Access& read : c.reads) {
-      if (slot == nullptr && ordered(read, now)) slot = &read;
-    }
-    if (slot != nullptr) *slot = now;
+    if (!ordered(c.readers, now)) report(name(c.readers), "write", byte);
+    c.write = now;
+    c.readers = Readers();
   }
   if (preemption > 0 && chance(preemption)) yield_to_others();
 }
 
-#else
-
-void check_access(const void*, std::size_t, bool, bool) {}
-
-#endif
-
 }  // namespace emulator
 }  // namespace pyelastic
-
-#if defined(PYELASTIC_EMULATOR_RACE)
 
 // The entry points gcc's instrumentation calls.
 using pyelastic::emulator::check_access;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 
@@ -19,6 +20,7 @@ double preemption = 0;
 namespace {
 
 std::mt19937_64 order;
+std::recursive_mutex one_launch;  // the bindings release the GIL; recursive: a nested launch gets its message
 std::vector<std::unique_ptr<Thread>> threads;  // kept from launch to launch: stacks are expensive
 constexpr unsigned char kGuardByte = 0xA5, kPoison = 0xFF;
 
@@ -208,6 +210,7 @@ void fail(const std::string& what) {
 
 void launch(const char* kernel, Index3 grid, Index3 block, std::size_t dynamic_shared,
             const std::function<void()>& body) {
+  const std::lock_guard<std::recursive_mutex> lock(one_launch);
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   const std::uint64_t size = std::uint64_t{block.x} * block.y * block.z;
   const bool wrong = blocks == 0 || size == 0 || size > 1024 || grid.y > 65535 || grid.z > 65535;

@@ -26,6 +26,7 @@ enum Bug : int {
   kShuffleOutsideMask,    // 12: the source lane of a shuffle is not in its mask
   kMisalignedVector,      // 13: a float4 at an address that is no multiple of 16
   kMissingWait,           // 14: cp.async without the wait before the data is used
+  kWriteAfterManyReads,   // 15: the write is ordered after the reads of its own warp, not after those of others
 };
 
 constexpr int kThreads = 128;
@@ -64,6 +65,12 @@ __global__ void row_sum(const float* x /* [rows, columns] */, int columns, float
   if (kBug == kWriteAfterRead) {
     if (lane == 0) partial[warp] = 0;  // the next round's; other warps may still be reading
   }
+  if (kBug == kWriteAfterManyReads && row == 0) {  // in one block: many would hide a miss
+    __syncthreads();
+    if (t < 2 || t == 32) staged[t] = partial[0];
+    __syncwarp();
+    if (t == 0) partial[0] = 0;
+  }
   if (kBug == kLostUpdate) {
     if (t == 0) staged[0] = 0;
     __syncthreads();
@@ -99,7 +106,7 @@ __global__ void first_four(const float* x /* [4] */, float* out /* [1] */) {
 template <int kBug>
 bool run(int bug, const float* x, int rows, int columns, float* out, void* stream) {
   if (bug != kBug) return false;
-  if (kBug >= kMisalignedVector) {
+  if (kBug == kMisalignedVector || kBug == kMissingWait) {
     LAUNCH((first_four<kBug>), 1, 32, 0, stream, x, out);
   } else {
     LAUNCH((row_sum<kBug>), static_cast<unsigned>(rows), kThreads, 0, stream, x, columns, out);
@@ -114,7 +121,7 @@ void run_any(int bug, const float* x, int rows, int columns, float* out, void* s
 }
 
 void row_sum_with(int bug, const float* x, int rows, int columns, float* out, void* stream) {
-  run_any(bug, x, rows, columns, out, stream, std::make_integer_sequence<int, kMissingWait + 1>());
+  run_any(bug, x, rows, columns, out, stream, std::make_integer_sequence<int, kWriteAfterManyReads + 1>());
 }
 
 // Clean, and what a copy without a bug needs: the first four by cp.async.

@@ -20,6 +20,7 @@ void count_threads(int* counts, int blocks, void* stream);
 }  // namespace pyelastic
 
 namespace {
+namespace py = pybind11;
 using Pointer = std::uintptr_t;
 template <class T>
 T* as(Pointer p) {
@@ -34,6 +35,7 @@ PYBIND11_MODULE(PLANTED_NAME, m) {
   m.def("set_preemption", &pyelastic::emulator::set_preemption);
 #endif
   m.def("row_sum", [](int bug, Pointer x, int rows, int columns, Pointer out, Pointer stream) {
+    const py::gil_scoped_release nogil;  // as pyelastic's own bindings do
     planted::row_sum_with(bug, as<const float>(x), rows, columns, as<float>(out), as<void>(stream));
   });
   m.def("first_four", [](Pointer x, Pointer out, Pointer stream) {
