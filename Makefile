@@ -28,6 +28,7 @@ $(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
 	  -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" > build/emulator.log
 	$(VENV)/bin/cmake --build build/emulator --parallel $(JOBS) >> build/emulator.log || { cat build/emulator.log; exit 1; }
+	find build/emulator -name '*.gcda' -delete  # of the build before
 	touch $@
 
 test: $(VENV)/build.stamp $(VENV)/emulator.stamp
@@ -54,7 +55,9 @@ gpu:
 	mkdir -p "$(OUT)"
 	set -e; for step in $(STEPS); do $(MAKE) --no-print-directory gpu-$$step; done
 
+# The link: without an installation nothing maps the package pyelastic.triton_kernels to its folder.
 gpu-build:
+	ln -sfn ../triton_kernels pyelastic/triton_kernels
 	PYELASTIC_CUDA=ON PYELASTIC_CUDA_ARCHS=$(ARCH) $(PYTHON) setup.py -q build_ext --inplace
 	cmake -S . -B build/planted -G Ninja -DPYELASTIC_PLANTED=ON -DPYELASTIC_CUDA=ON -DPYELASTIC_CUDA_ARCHS=$(ARCH) \
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
@@ -70,4 +73,4 @@ gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m benchmarks --full --rounds 5 --out "$(OUT)" 2>&1 | tee "$(OUT)/bench.log"
 
 clean:
-	rm -rf $(VENV) build pyelastic/_C*.so pyelastic/_build.json *.egg-info
+	rm -rf $(VENV) build pyelastic/_C*.so pyelastic/_build.json pyelastic/triton_kernels *.egg-info

@@ -45,6 +45,10 @@ def why_not(device: str) -> str | None:
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version < (3, 2):
         return f"triton is {triton.__version__}; the kernel needs 3.2 or newer"
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"{error}: a source tree that was not installed; pip install -e ."
     if device.startswith("cpu"):
         return None if _interpreted() else "embeddings is on cpu; Triton runs on GPUs (or with TRITON_INTERPRET=1)"
     if device.startswith("cuda") and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

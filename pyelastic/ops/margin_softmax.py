@@ -122,7 +122,13 @@ def margin_softmax(
         RuntimeError: double backward through a kernel; ``backend="eager"`` supports it.
     """
     margin = ArcFace() if margin is None else margin
-    wanted = _check(locals())
+    # Spelled out: locals() is not traced by the torch.compile of torch 2.6.
+    wanted = _check({
+        "embeddings": embeddings, "weight": weight, "labels": labels, "margin": margin, "scale": scale,
+        "reduction": reduction, "sample_weight": sample_weight, "label_smoothing": label_smoothing, "z_loss": z_loss,
+        "subcenters": subcenters, "classes": classes, "sparse_grad": sparse_grad, "margins": margins,
+        "return_aux": return_aux,
+    })  # fmt: skip
     chosen = _dispatch.resolve(OP, _make_call(embeddings, weight, labels, subcenters=subcenters), backend)
     if _dispatch.may_read(embeddings.device):
         _check_labels(labels, weight.shape[0] // subcenters, ignore_index, classes)
