@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "margin_softmax.h"
+#include "maxsim.h"
 
 namespace py = pybind11;
 using pyelastic::Dtype;
@@ -22,22 +23,22 @@ T* as(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
+// The table of this machine's instruction set.
+#ifdef PYELASTIC_HAVE_X86_ISAS
+#define PYELASTIC_CHOOSE(table)                                      \
+  (pyelastic::isa() >= Isa::avx512 ? pyelastic::avx512::table        \
+   : pyelastic::isa() == Isa::avx2 ? pyelastic::avx2::table          \
+                                   : pyelastic::baseline::table)
+#else
+#define PYELASTIC_CHOOSE(table) pyelastic::baseline::table
+#endif
+
 template <class T>
 const pyelastic::MarginSoftmaxKernels<T>& margin_softmax() {
-  constexpr bool single = sizeof(T) == sizeof(float);
-#ifdef PYELASTIC_HAVE_X86_ISAS
-  if constexpr (single) {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::margin_softmax_float;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::margin_softmax_float;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(margin_softmax_float);
   } else {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::margin_softmax_double;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::margin_softmax_double;
-  }
-#endif
-  if constexpr (single) {
-    return pyelastic::baseline::margin_softmax_float;
-  } else {
-    return pyelastic::baseline::margin_softmax_double;
+    return PYELASTIC_CHOOSE(margin_softmax_double);
   }
 }
 
@@ -98,6 +99,95 @@ void bind_margin_softmax(py::module_& m, const char* suffix) {
         }, nogil);
 }
 
+// Sides as Python passes them: (pointer, dtype, stride, offsets, count, tokens, bits, codes, centroids, buckets).
+using Side = std::tuple<Pointer, int, Int, Pointer, Int, Int, int, Pointer, Pointer, Pointer>;
+pyelastic::Tokens tokens(const Side& side) {
+  const auto& [data, dtype, stride, offsets, count, total, bits, codes, centroids, buckets] = side;
+  return {as<const void>(data), static_cast<Dtype>(dtype), stride, as<const Int>(offsets), count, total,
+          {bits, as<const std::int32_t>(codes), as<const float>(centroids), as<const float>(buckets)}};
+}
+
+// (queries, documents, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, prefixes, planes, topk, temperature, q_inv, d_inv)
+using MaxSim = std::tuple<Side, Side, Int, Pointer, Pointer, Pointer, Pointer, Int, Int, Pointer, int, int, double,
+                          Pointer, Pointer>;
+pyelastic::MaxSimProblem maxsim_problem(const MaxSim& m) {
+  const auto& [q, d, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, prefixes, planes, topk, temperature, q_inv,
+               d_inv] = m;
+  return {tokens(q), tokens(d), dim, as<const std::uint8_t>(d_mask), as<const std::uint8_t>(floor), as<const Int>(pair_q),
+          as<const Int>(pair_d), pairs, max_q, as<const Int>(prefixes), planes, topk, temperature, as<const void>(q_inv),
+          as<const void>(d_inv)};
+}
+
+template <class T>
+const pyelastic::MaxSimKernels<T>& maxsim() {
+#ifdef PYELASTIC_HAVE_X86_ISAS
+  if (pyelastic::isa() == Isa::avx512bf16) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return pyelastic::avx512bf16::maxsim_float;
+    } else {
+      return pyelastic::avx512bf16::maxsim_double;
+    }
+  }
+#endif
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(maxsim_float);
+  } else {
+    return PYELASTIC_CHOOSE(maxsim_double);
+  }
+}
+
+template <class T>
+const pyelastic::MaxSimBackward<T>& maxsim_backward() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(maxsim_backward_float);
+  } else {
+    return PYELASTIC_CHOOSE(maxsim_backward_double);
+  }
+}
+
+template <class T>
+void bind_maxsim(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("maxsim_") + stem + suffix; };
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def(name("block").c_str(), [] { return maxsim<T>().block(); });
+  m.def(name("pairs").c_str(), [] { return maxsim<T>().pairs(); });
+  m.def(name("norms").c_str(), [](const Side& x, Pointer prefixes, int planes, Pointer inverse, int threads) {
+    maxsim<T>().norms(tokens(x), as<const Int>(prefixes), planes, as<T>(inverse), threads);
+  }, nogil);
+  m.def(name("pack").c_str(),
+        [](const Side& q, Int dim, Pointer groups, Pointer blocks, Int n, Pointer packed, bool pairs, int threads) {
+          maxsim<T>().pack(tokens(q), dim, as<const Int>(groups), as<const Int>(blocks), n, as<void>(packed), pairs,
+                           threads);
+        }, nogil);
+  m.def(name("forward").c_str(),
+        [](const MaxSim& p, Pointer packed, bool pairs, Pointer groups, Pointer blocks, Int n, Pointer weights,
+           Pointer scores, Pointer maxima, Pointer winners, bool narrow, int threads) {
+          maxsim<T>().forward(maxsim_problem(p), as<const void>(packed), pairs, as<const Int>(groups),
+                              as<const Int>(blocks), n, as<const T>(weights), as<T>(scores), as<T>(maxima),
+                              {as<void>(winners), narrow}, threads);
+        }, nogil);
+  // `winners` are the maxima of a smooth forward.
+  m.def(name("backward").c_str(),
+        [](const MaxSim& p, bool of_queries, Pointer scores, Pointer weights, Pointer per_token, Pointer winners,
+           bool narrow, Pointer order, Pointer first, Pointer out, int dtype, int threads) {
+          const auto problem = maxsim_problem(p);
+          const pyelastic::MaxSimGradient<T> gradient{as<const T>(scores), as<const T>(weights), as<const T>(per_token)};
+          const pyelastic::PairOrder pairs{as<const Int>(order), as<const Int>(first)};
+          const auto& kernels = maxsim_backward<T>();
+          const pyelastic::Winners won{as<void>(winners), narrow};
+          if (problem.temperature > 0 && of_queries) {
+            kernels.smooth_queries(problem, gradient, as<const T>(winners), pairs, as<T>(out), threads);
+          } else if (problem.temperature > 0) {
+            kernels.smooth_documents(problem, gradient, as<const T>(winners), pairs, as<void>(out),
+                                     static_cast<Dtype>(dtype), threads);
+          } else if (of_queries) {
+            kernels.queries(problem, gradient, won, pairs, as<T>(out), threads);
+          } else {
+            kernels.documents(problem, gradient, won, pairs, as<void>(out), static_cast<Dtype>(dtype), threads);
+          }
+        }, nogil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -106,6 +196,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp", [](Pointer gomp_parallel) { pyelastic::use_openmp(as<void>(gomp_parallel)); });
   bind_margin_softmax<float>(m, "_f32");
   bind_margin_softmax<double>(m, "_f64");
+  bind_maxsim<float>(m, "_f32");
+  bind_maxsim<double>(m, "_f64");
 #ifdef PYELASTIC_HAVE_CUDA
   pyelastic::bind_cuda(m);
 #endif

@@ -8,8 +8,13 @@ from typing import Any
 _NAMES = {
     "BackendError": "pyelastic._dispatch",
     "MarginSoftmaxAux": "pyelastic.ops.margin_softmax",
+    "Int8Tokens": "pyelastic.quantized",
+    "ResidualTokens": "pyelastic.quantized",
     "backends": "pyelastic._dispatch",
     "margin_softmax": "pyelastic.ops.margin_softmax",
+    "maxsim": "pyelastic.ops.maxsim",
+    "quantize_int8": "pyelastic.quantized",
+    "quantize_residual": "pyelastic.quantized",
     "sample_classes": "pyelastic.ops.margin_softmax",
     "use_backend": "pyelastic._dispatch",
 }
