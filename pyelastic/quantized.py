@@ -47,12 +47,19 @@ class ResidualTokens:
     buckets: Tensor
 
     def __post_init__(self) -> None:
-        wanted = {"codes": torch.int32, "residuals": torch.uint8, "centroids": torch.float32, "buckets": torch.float32}
+        wanted = {
+            "codes": torch.int32,
+            "residuals": torch.uint8,
+            "centroids": torch.float32,
+            "buckets": torch.float32,
+        }
         for name, dtype in wanted.items():
             if getattr(self, name).dtype != dtype:
                 raise TypeError(f"ResidualTokens: {name} is {getattr(self, name).dtype}; expected {dtype}")
         if self.buckets.shape not in ((4,), (16,)):
-            raise ValueError(f"ResidualTokens: buckets is {list(self.buckets.shape)}; expected [4] or [16]: 2 or 4 bits")
+            raise ValueError(
+                f"ResidualTokens: buckets is {list(self.buckets.shape)}; expected [4] or [16]: 2 or 4 bits"
+            )
         if self.centroids.ndim != 2:
             raise ValueError(f"ResidualTokens: centroids is {list(self.centroids.shape)}; expected [n, d]")
         width = self.centroids.shape[1] * self.bits / 8
@@ -94,7 +101,9 @@ def quantize_residual(tokens: Tensor, centroids: Tensor, bits: int = 2) -> Resid
     """
     d = tokens.shape[-1]
     if bits not in (2, 4) or d * bits % 8:
-        raise ValueError(f"quantize_residual: bits is {bits} and d is {d}; expected 2 or 4 bits, d a multiple of 8 / bits")
+        raise ValueError(
+            f"quantize_residual: bits is {bits} and d is {d}; expected 2 or 4 bits, d a multiple of 8 / bits"
+        )
     flat = tokens.float().reshape(-1, d)
     codes = (flat @ centroids.T).argmax(1)
     residual = flat - centroids[codes]

@@ -88,15 +88,23 @@ def token_scores(
 ) -> Tensor:
     """What each query token gets of each document: [n, Nq, Nd, Lq] or [n, P, Lq] for n prefixes.
 
-    ``temperature`` > 0: the smooth maximum ``temperature * log sum exp(s / temperature)``; ``topk`` > 1: the mean of the
-    k largest, or of all where there are fewer; else the maximum.
+    ``temperature`` > 0: the smooth maximum ``temperature * log sum exp(s / temperature)``; ``topk`` > 1: the mean of
+    the k largest, or of all where there are fewer; else the maximum.
     """
     planes = []
     for width in prefixes:
         s, counts = similarities(
-            queries[:, :width], documents[:, :width], q_offsets, d_offsets, document_mask, pair_q, pair_d, max_q, max_d,
+            queries[:, :width],
+            documents[:, :width],
+            q_offsets,
+            d_offsets,
+            document_mask,
+            pair_q,
+            pair_d,
+            max_q,
+            max_d,
             normalize,
-        )  # fmt: skip
+        )
         if temperature > 0:
             some = counts.any(-1).expand(s.shape[:-1])
             # An empty row would make logsumexp's gradient NaN: it gets zeros instead of -inf, and is dropped after.
@@ -138,9 +146,21 @@ def scores(
     """The raw op's result on decoded documents: scores [n, Nq, Nd] or [n, P], or the tokens' m in the kernels' layout,
     [n, Nd, Tq] or [n, P, max_q]."""
     m = token_scores(
-        queries, documents, q_offsets, d_offsets, d_mask, floor, pair_q, pair_d, max_q, max_d, normalize, prefixes, topk,
+        queries,
+        documents,
+        q_offsets,
+        d_offsets,
+        d_mask,
+        floor,
+        pair_q,
+        pair_d,
+        max_q,
+        max_d,
+        normalize,
+        prefixes,
+        topk,
         temperature,
-    )  # fmt: skip
+    )
     inside = torch.arange(max_q, device=m.device) < (q_offsets[1:] - q_offsets[:-1])[:, None]
     if per_token:
         if pair_q is not None:

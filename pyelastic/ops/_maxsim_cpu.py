@@ -72,7 +72,16 @@ class _Kernels:
         codec = (0, 0, 0) if bits in (0, 8) else tuple(map(_pointer, (self.codes, self.centroids, self.buckets)))
         stride = tokens.stride(0) if tokens.shape[0] > 1 else tokens.shape[1]
         dtype = DTYPES.get(tokens.dtype, 0)  # quantised: not looked at
-        return (tokens.data_ptr(), dtype, stride, offsets.data_ptr(), offsets.shape[0] - 1, tokens.shape[0], bits, *codec)
+        return (
+            tokens.data_ptr(),
+            dtype,
+            stride,
+            offsets.data_ptr(),
+            offsets.shape[0] - 1,
+            tokens.shape[0],
+            bits,
+            *codec,
+        )
 
     def inverse_norms(self) -> tuple[Tensor, Tensor]:
         """1 / |x| [planes, tokens] of both sides."""
@@ -83,7 +92,9 @@ class _Kernels:
             made.append(out)
         return made[0], made[1]
 
-    def problem(self, q_inv: Tensor | None, d_inv: Tensor | None, first: int = 0, offsets: Tensor | None = None) -> Any:
+    def problem(
+        self, q_inv: Tensor | None, d_inv: Tensor | None, first: int = 0, offsets: Tensor | None = None
+    ) -> Any:
         """The binding's problem; `offsets`: of documents first .. alone."""
         if d_inv is None and self.d_scale is not None:
             self.scales = self.d_scale.expand(self.x.planes, -1).contiguous()
@@ -91,10 +102,22 @@ class _Kernels:
         floor = self.floor if self.floor is None or first == 0 else self.floor[first:]
         pairs = 0 if self.pair_q is None else self.pair_q.shape[0]
         return (
-            self.q_side(), self.d_side(offsets), self.dim, _pointer(self.d_mask), _pointer(floor), _pointer(self.pair_q),
-            _pointer(self.pair_d), pairs, self.x.max_q, self.prefixes.data_ptr(), len(self.prefixes), self.x.topk,
-            self.x.temperature, _pointer(q_inv), _pointer(d_inv),
-        )  # fmt: skip
+            self.q_side(),
+            self.d_side(offsets),
+            self.dim,
+            _pointer(self.d_mask),
+            _pointer(floor),
+            _pointer(self.pair_q),
+            _pointer(self.pair_d),
+            pairs,
+            self.x.max_q,
+            self.prefixes.data_ptr(),
+            len(self.prefixes),
+            self.x.topk,
+            self.x.temperature,
+            _pointer(q_inv),
+            _pointer(d_inv),
+        )
 
     @property
     def pairs(self) -> bool:
@@ -118,18 +141,44 @@ class _Kernels:
         blocks = torch.cat((tokens.new_zeros(1), ((tokens + width - 1) // width).cumsum(0)))
         dtype = torch.bfloat16 if self.pairs else self.dtype
         packed = torch.empty(int(blocks[-1]), self.dim, width, dtype=dtype)
-        self.call("pack", self.q_side(), self.dim, groups.data_ptr(), blocks.data_ptr(), len(groups) - 1,
-                  packed.data_ptr(), self.pairs, self.threads)  # fmt: skip
+        self.call(
+            "pack",
+            self.q_side(),
+            self.dim,
+            groups.data_ptr(),
+            blocks.data_ptr(),
+            len(groups) - 1,
+            packed.data_ptr(),
+            self.pairs,
+            self.threads,
+        )
         return packed, groups, blocks
 
     def forward(
-        self, problem: Any, queries: tuple[Tensor, Tensor, Tensor], scores: Tensor | None, maxima: Tensor | None,
+        self,
+        problem: Any,
+        queries: tuple[Tensor, Tensor, Tensor],
+        scores: Tensor | None,
+        maxima: Tensor | None,
         winners: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         packed, groups, blocks = queries
         narrow = winners is not None and winners.dtype == torch.int16
-        self.call("forward", problem, packed.data_ptr(), self.pairs, groups.data_ptr(), blocks.data_ptr(), len(groups) - 1,
-                  _pointer(self.weights), _pointer(scores), _pointer(maxima), _pointer(winners), narrow, self.threads)  # fmt: skip
+        self.call(
+            "forward",
+            problem,
+            packed.data_ptr(),
+            self.pairs,
+            groups.data_ptr(),
+            blocks.data_ptr(),
+            len(groups) - 1,
+            _pointer(self.weights),
+            _pointer(scores),
+            _pointer(maxima),
+            _pointer(winners),
+            narrow,
+            self.threads,
+        )
 
     def order(self, of_queries: bool) -> tuple[Tensor | None, Tensor | None]:
         """A list's pairs by query or by document, and where each one's begin."""
@@ -200,8 +249,19 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
             if not (need_queries if of_queries else need_documents):
                 continue
             order, start = k.order(of_queries)
-            k.call("backward", problem, of_queries, *gradient, _pointer(won), won.dtype == torch.int16, _pointer(order),
-                   _pointer(start), out.data_ptr(), DTYPES[out.dtype], k.threads)  # fmt: skip
+            k.call(
+                "backward",
+                problem,
+                of_queries,
+                *gradient,
+                _pointer(won),
+                won.dtype == torch.int16,
+                _pointer(order),
+                _pointer(start),
+                out.data_ptr(),
+                DTYPES[out.dtype],
+                k.threads,
+            )
         if need_queries and part is not d_q:
             d_q = part.clone() if first == 0 else d_q.add_(part)
     return d_q.to(x.queries.dtype), d_d

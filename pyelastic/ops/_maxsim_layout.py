@@ -13,6 +13,7 @@ Packed: [tokens, d] with ``cu_seqlens`` [N + 1], the first token of each sequenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyelastic import _dispatch, _errors
+from pyelastic.eager.maxsim import statistics_dtype
 from pyelastic.quantized import Int8Tokens, ResidualTokens
 
 OP = "maxsim"
@@ -127,7 +129,9 @@ def _offsets(name: str, cu: Tensor, tokens: int) -> Tensor:
     if _dispatch.may_read(cu.device):
         ends = cu[0] == 0 and cu[-1] == tokens
         if not bool(ends) or bool((cu[1:] < cu[:-1]).any()):
-            raise ValueError(f"{OP}: {name} must rise from 0 to {tokens}, the number of tokens; got {cu.tolist()[:8]}")
+            raise ValueError(
+                f"{OP}: {name} must rise from 0 to {tokens}, the number of tokens; got {cu.tolist()[:8]}"
+            )
     return cu.to(torch.int64)
 
 
@@ -178,8 +182,13 @@ def arrange(
 
     documents: the stored values if quantised; dim: what they stand for.
     """
-    given = {"query_mask": query_mask, "document_mask": document_mask, "pairs": pairs, "cu_seqlens_q": cu_seqlens_q,
-             "cu_seqlens_d": cu_seqlens_d}  # fmt: skip
+    given = {
+        "query_mask": query_mask,
+        "document_mask": document_mask,
+        "pairs": pairs,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_d": cu_seqlens_d,
+    }
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     _errors.refuse_dtensor(OP, queries=queries, documents=documents, **tensors)
     _errors.check_floating(OP, "queries", queries, DTYPES)
@@ -194,25 +203,26 @@ def arrange(
     layout = _infer(queries, documents, pairs, cu_seqlens_q) if layout is None else layout
     _errors.check_choice(OP, "layout", layout, LAYOUTS)
     if (layout == "list") != (pairs is not None):
-        raise ValueError(f"{OP}: layout 'list' and pairs go together; got layout={layout!r}, pairs={type(pairs).__name__}")
+        got = f"layout={layout!r}, pairs={type(pairs).__name__}"
+        raise ValueError(f"{OP}: layout 'list' and pairs go together; got {got}")
     if cu_seqlens_q is None:
         rank, shape = (2, "[Lq, d]") if layout == "single" else (3, "[Nq, Lq, d]")
         _errors.check_rank(OP, "queries", queries, rank, shape)
     if cu_seqlens_d is None:
-        rank, shape = (4, "[Nq, K, Ld, d]") if layout == "grouped" else (3, "[Nd, Ld, d]")
-        _errors.check_rank(OP, "documents", documents, rank, shape)
+        rank, named = (4, "[Nq, K, Ld, d]") if layout == "grouped" else (3, "[Nd, Ld, d]")
+        _errors.check_rank(OP, "documents", documents, rank, named)
     if queries.shape[-1] != dim or dim == 0:
-        shape = [*documents.shape[:-1], dim]
+        decoded = [*documents.shape[:-1], dim]
         raise ValueError(
-            f"{OP}: queries is {list(queries.shape)} and documents is {shape}; expected the same last size d >= 1"
+            f"{OP}: queries is {list(queries.shape)} and documents is {decoded}; expected the same last size d >= 1"
         )
     q = _side("query_mask", queries, query_mask, cu_seqlens_q, max_seqlen_q, "q")
     d = _side("document_mask", documents, document_mask, cu_seqlens_d, max_seqlen_d, "d")
     if layout == "grouped":
         if documents.shape[0] != queries.shape[0] or cu_seqlens_q is not None:
             raise ValueError(
-                f"{OP}: queries is {list(queries.shape)} and documents is {list(documents.shape)}; expected [Nq, Lq, d] "
-                "and [Nq, K, Ld, d]"
+                f"{OP}: queries is {list(queries.shape)} and documents is {list(documents.shape)}; expected "
+                "[Nq, Lq, d] and [Nq, K, Ld, d]"
             )
         pair_d = torch.arange(d.count, device=queries.device)
         return Problem(q, d, pair_d // max(documents.shape[1], 1), pair_d, layout)
@@ -255,3 +265,94 @@ def _pairs(pairs: Tensor, queries: int, documents: int) -> tuple[Tensor, Tensor]
             )
     columns = pairs.to(torch.int64)
     return columns[:, 0].contiguous(), columns[:, 1].contiguous()
+
+
+# --- the raw ops' arguments ----------------------------------------------------------------------------------
+
+
+def make_prefixes(dims: Sequence[int] | None, dim: int) -> list[int]:
+    prefixes = [dim] if dims is None else list(dims)
+    if not prefixes or prefixes[0] < 1 or prefixes[-1] > dim or prefixes != sorted(set(prefixes)):
+        raise ValueError(f"{OP}: dims is {prefixes}; expected rising sizes from 1 to d = {dim}")
+    return prefixes
+
+
+def document_counts(side: Side) -> Tensor:
+    """How many tokens of each sequence count [N]."""
+    if side.mask is None:
+        return side.offsets[1:] - side.offsets[:-1]
+    running = torch.cat((side.offsets[:1], side.mask.to(torch.int64).cumsum(0)))
+    return running[side.offsets[1:]] - running[side.offsets[:-1]]
+
+
+def make_weights(queries: Tensor, side: Side, token_weights: Tensor | None, reduction: str) -> Tensor | None:
+    """w [Tq], or None where all are 1."""
+    dtype = statistics_dtype(queries)
+    weights = None if side.mask is None else side.mask.to(dtype)
+    if token_weights is not None:
+        if token_weights.shape != queries.shape[:-1]:
+            raise ValueError(
+                f"{OP}: token_weights is {list(token_weights.shape)}; expected {list(queries.shape[:-1])}: one a token"
+            )
+        given = token_weights.flatten().to(dtype)
+        weights = given if side.mask is None else torch.where(side.mask, given, 0.0)
+    if reduction == "mean":
+        counts = document_counts(side).clamp(min=1)
+        lengths = side.offsets[1:] - side.offsets[:-1]
+        each = torch.repeat_interleave(counts, lengths, output_size=side.tokens.shape[0]).to(dtype)
+        weights = 1.0 / each if weights is None else weights / each
+    return weights
+
+
+def make_inputs(
+    problem: Problem,
+    documents: Tensor | Int8Tokens | ResidualTokens,
+    mask_mode: str,
+    topk: int,
+    temperature: float,
+    prefixes: list[int],
+    normalize: bool,
+) -> Inputs:
+    """The raw ops' arguments, without weights."""
+    q, d = problem.queries, problem.documents
+    tokens, mask, floor = d.tokens, d.mask, None
+    scale = codes = centroids = buckets = None
+    if isinstance(documents, Int8Tokens):
+        scale = documents.scale.flatten()
+    elif isinstance(documents, ResidualTokens):
+        codes, centroids, buckets = documents.codes.flatten(), documents.centroids, documents.buckets
+        if prefixes[-1] < centroids.shape[1]:
+            raise ValueError(f"{OP}: dims is {prefixes}; with ResidualTokens it must end at d = {centroids.shape[1]}")
+    if codes is None:
+        tokens = tokens[:, : prefixes[-1]]
+    if mask_mode == "zero" and mask is not None:
+        if topk == 1 and temperature == 0:
+            # A masked token's similarity of 0 is a floor under the maximum, and has no gradient.
+            floor = document_counts(d) < d.offsets[1:] - d.offsets[:-1]
+        elif isinstance(documents, Tensor):
+            tokens, mask = torch.where(mask[:, None], tokens, 0.0), None
+        else:
+            raise ValueError(
+                f"{OP}: mask_mode='zero' with topk or temperature needs documents that are not quantised"
+            )
+    return Inputs(
+        q.tokens[:, : prefixes[-1]],
+        tokens,
+        q.offsets,
+        d.offsets,
+        mask,
+        floor,
+        problem.pair_q,
+        problem.pair_d,
+        None,
+        scale,
+        codes,
+        centroids,
+        buckets,
+        prefixes,
+        topk,
+        float(temperature),
+        normalize,
+        q.longest,
+        d.longest,
+    )

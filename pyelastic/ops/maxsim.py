@@ -13,9 +13,9 @@ and backward, from the upstream gradient ``g_ij``::
     dq^_is = sum_j g_ij w_is d^_{j a_ijs},   dd^_jt = sum_i sum_{s: a_ijs = t} g_ij w_is q^_is
     dx = (dx^ - <dx^, x^> x^) / |x|          if normalize
 
-Layouts: pyelastic/ops/_maxsim_layout.py. Dtypes: float16, bfloat16, float32 in any mix, computed and returned in float32;
-float64 in float64; documents also quantised (pyelastic.quantized). Cost: 2 d per similarity forward and 4 d per query
-token and document backward; saved for backward: the inputs and one 16-bit winner per query token and document.
+Layouts: pyelastic/ops/_maxsim_layout.py. Dtypes: float16, bfloat16, float32 in any mix, computed and returned in
+float32; float64 in float64; documents also quantised (pyelastic.quantized). Cost: 2 d per similarity forward and 4 d
+per query token and document backward. Saved for it: the inputs and a 16-bit winner per query token and document.
 Sources: Khattab 2020 (ColBERT, arXiv 2004.12832, eq. 3), Santhanam 2022 (ColBERTv2). The kernels' contract:
 csrc/maxsim.h.
 """
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,17 @@ from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import maxsim as eager
 from pyelastic.eager.maxsim import statistics_dtype
 from pyelastic.ops import _maxsim_cpu as cpu
-from pyelastic.ops._maxsim_layout import DTYPES, OP, Inputs, Problem, Side, arrange, stored
+from pyelastic.ops._maxsim_layout import (
+    OP,
+    Inputs,
+    Problem,
+    arrange,
+    document_counts,
+    make_inputs,
+    make_prefixes,
+    make_weights,
+    stored,
+)
 from pyelastic.quantized import Int8Tokens, ResidualTokens
 
 Documents = Tensor | Int8Tokens | ResidualTokens
@@ -87,13 +97,13 @@ def maxsim(
         queries: [Nq, Lq, d], [Lq, d] (one query), or packed [tokens, d] with ``cu_seqlens_q``.
         documents: [Nd, Ld, d], [Nq, K, Ld, d] (K documents of each query), or packed [tokens, d] with ``cu_seqlens_d``;
             ``Int8Tokens`` or ``ResidualTokens`` of those shapes for scoring without gradients.
-        layout: ``"single"`` -> [Nd], ``"cross"`` -> [Nq, Nd], ``"grouped"`` -> [Nq, K], ``"pairs"`` -> [N], query i with
-            document i, ``"list"`` -> [P]. None: by the shapes; only "pairs" has to be asked for.
+        layout: ``"single"`` -> [Nd], ``"cross"`` -> [Nq, Nd], ``"grouped"`` -> [Nq, K], ``"pairs"`` -> [N], query i
+            with document i, ``"list"`` -> [P]. None: by the shapes; only "pairs" has to be asked for.
         query_mask, document_mask: bool, [...] like the tokens, holes included. A masked query token adds nothing.
         mask_mode: ``"exclude"``: masked document tokens do not exist. ``"zero"``: their similarity is 0 (PyLate).
         token_weights: floating, [...] like the queries' tokens; gradients flow to it.
-        reduction: over a query's tokens: ``"sum"``; ``"mean"``, the sum over the number of tokens not masked; ``"none"``
-            returns the m of each token, [..., Lq], with 0 beyond a packed query's end and where it is masked.
+        reduction: over a query's tokens: ``"sum"``; ``"mean"``, the sum over the number of tokens not masked;
+            ``"none"`` returns w m of each token, [..., Lq], with 0 beyond a packed query's end and where it is masked.
         topk: mean of the ``topk`` largest similarities, of all where there are fewer.
         temperature: tau > 0, in units of the similarity: the smooth maximum.
         dims: rising prefixes of the dimension (Matryoshka): scores [len(dims), ...], all in one pass.
@@ -103,7 +113,7 @@ def maxsim(
         cu_seqlens_q, cu_seqlens_d: [N + 1] int32 or int64, the first token of each sequence and the end of the last.
         max_seqlen_q, max_seqlen_d: the longest sequence, as int; without it a packed side on a GPU is read once, which
             synchronises.
-        save: ``"winners"`` keeps them for the backward pass, ``"recompute"`` does not; ``"auto"`` keeps them up to 2 GiB.
+        save: ``"winners"`` keeps them for the backward pass, ``"recompute"`` does not; ``"auto"`` keeps up to 2 GiB.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``eager``.
 
     Returns:
@@ -114,36 +124,103 @@ def maxsim(
         BackendError: the backend asked for cannot run the call.
         RuntimeError: double backward through a kernel; ``backend="eager"`` supports it.
     """
+    prepared = prepare(
+        queries,
+        documents,
+        layout=layout,
+        query_mask=query_mask,
+        document_mask=document_mask,
+        mask_mode=mask_mode,
+        token_weights=token_weights,
+        reduction=reduction,
+        topk=topk,
+        temperature=temperature,
+        dims=dims,
+        normalize=normalize,
+        pairs=pairs,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_d=cu_seqlens_d,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_d=max_seqlen_d,
+        save=save,
+    )
+    inputs, problem, _ = prepared
+    chosen = _dispatch.resolve(OP, call_of(inputs), backend)
+    result = (weighted if reduction == "none" else score)(prepared, chosen, save)
+    if empty_score and reduction != "none":
+        some = document_counts(problem.documents) > 0
+        some = some[problem.pair_d] if problem.pair_d is not None else some
+        result = torch.where(some, result, empty_score)
+    shape = problem.shape() if reduction != "none" else (*problem.shape(), problem.queries.longest)
+    return result.reshape(shape if dims is None else (len(inputs.prefixes), *shape))
+
+
+class Prepared(NamedTuple):
+    """A checked call: the raw ops' arguments without weights, its layout, and the weights [Tq] or None."""
+
+    inputs: Inputs
+    problem: Problem
+    weights: Tensor | None
+
+
+def prepare(
+    queries: Tensor,
+    documents: Documents,
+    *,
+    layout: str | None = None,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    mask_mode: str = "exclude",
+    token_weights: Tensor | None = None,
+    reduction: str = "sum",
+    topk: int = 1,
+    temperature: float = 0.0,
+    dims: Sequence[int] | None = None,
+    normalize: bool = False,
+    pairs: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_d: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_d: int | None = None,
+    save: str = "auto",
+) -> Prepared:
+    """Check the arguments of ``maxsim`` and turn them into the raw ops'."""
     values, dim = stored(documents)
     _check(queries, mask_mode, reduction, topk, temperature, save)
     problem = arrange(
-        queries, values, query_mask, document_mask, layout, pairs, cu_seqlens_q, cu_seqlens_d, max_seqlen_q, max_seqlen_d,
+        queries,
+        values,
+        query_mask,
+        document_mask,
+        layout,
+        pairs,
+        cu_seqlens_q,
+        cu_seqlens_d,
+        max_seqlen_q,
+        max_seqlen_d,
         dim,
-    )  # fmt: skip
-    weights = _weights(queries, problem.queries, token_weights, reduction)
-    inputs = _inputs(problem, documents, mask_mode, topk, temperature, _prefixes(dims, dim, problem), normalize)
-    chosen = _dispatch.resolve(OP, call_of(inputs), backend)
-    # What needs each token's m in Python: returning it, and the gradient of the weights.
-    per_token = reduction == "none" or (weights is not None and weights.requires_grad)
-    if per_token:
-        tokens = chosen.run(inputs, True, save)  # type: ignore[misc]
-        result = _by_query(tokens, problem)
-        if weights is not None:
-            w = eager.padded(weights[:, None], problem.queries.offsets, problem.queries.longest)[..., 0]
-            w = w[problem.pair_q] if problem.pair_q is not None else w[:, None]
-            result = torch.where(w == 0, 0.0, result * w)
-        if reduction != "none":
-            result = result.sum(-1)
-    else:
-        if weights is not None:
-            inputs = inputs._replace(weights=weights)
-        result = chosen.run(inputs, False, save)  # type: ignore[misc]
-    if empty_score and reduction != "none":
-        some = _document_counts(problem.documents) > 0
-        some = some[problem.pair_d] if problem.pair_d is not None else some
-        result = torch.where(some, result, empty_score)
-    shape = problem.shape() if reduction != "none" else (*problem.shape(), result.shape[-1])
-    return result.reshape(shape if dims is None else (len(inputs.prefixes), *shape))
+    )
+    made = make_inputs(problem, documents, mask_mode, topk, temperature, make_prefixes(dims, dim), normalize)
+    return Prepared(made, problem, make_weights(queries, problem.queries, token_weights, reduction))
+
+
+def weighted(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor:
+    """w m of each query token, [planes, Nq, Nd, Lq] or [planes, P, Lq]."""
+    inputs, problem, weights = prepared
+    result = _by_query(chosen.run(inputs, True, save), problem)  # type: ignore[misc]
+    if weights is None:
+        return result
+    w = eager.padded(weights[:, None], problem.queries.offsets, problem.queries.longest)[..., 0]
+    w = w[problem.pair_q] if problem.pair_q is not None else w[:, None]
+    return torch.where(w == 0, 0.0, result * w)
+
+
+def score(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor:
+    """Scores [planes, Nq, Nd] or [planes, P]."""
+    weights = prepared.weights
+    if weights is not None and weights.requires_grad:
+        return weighted(prepared, chosen, save).sum(-1)  # their gradient is made of each token's m
+    return chosen.run(prepared.inputs._replace(weights=weights), False, save)  # type: ignore[misc]
 
 
 # --- checks and the [tokens]-sized part -----------------------------------------------------------------------
@@ -163,82 +240,13 @@ def _check(queries: Tensor, mask_mode: str, reduction: str, topk: int, temperatu
         raise ValueError(f"{OP}: topk is {topk} and temperature is {temperature}; only one of them can be used")
 
 
-def _prefixes(dims: Sequence[int] | None, dim: int, problem: Problem) -> list[int]:
-    prefixes = [dim] if dims is None else list(dims)
-    if not prefixes or prefixes[0] < 1 or prefixes[-1] > dim or any(b <= a for a, b in zip(prefixes, prefixes[1:])):  # noqa: B905, RUF007
-        raise ValueError(f"{OP}: dims is {prefixes}; expected rising sizes from 1 to d = {dim}")
-    return prefixes
-
-
-def _document_counts(side: Side) -> Tensor:
-    """How many tokens of each sequence count [N]."""
-    if side.mask is None:
-        return side.offsets[1:] - side.offsets[:-1]
-    running = torch.cat((side.offsets[:1], side.mask.to(torch.int64).cumsum(0)))
-    return running[side.offsets[1:]] - running[side.offsets[:-1]]
-
-
-def _weights(queries: Tensor, side: Side, token_weights: Tensor | None, reduction: str) -> Tensor | None:
-    """w [Tq], or None where all are 1."""
-    dtype = statistics_dtype(queries)
-    weights = None if side.mask is None else side.mask.to(dtype)
-    if token_weights is not None:
-        if token_weights.shape != queries.shape[:-1]:
-            raise ValueError(
-                f"{OP}: token_weights is {list(token_weights.shape)}; expected {list(queries.shape[:-1])}, one per token"
-            )
-        given = token_weights.flatten().to(dtype)
-        weights = given if side.mask is None else torch.where(side.mask, given, 0.0)
-    if reduction == "mean":
-        counts = _document_counts(side).clamp(min=1)
-        lengths = side.offsets[1:] - side.offsets[:-1]
-        each = torch.repeat_interleave(counts, lengths, output_size=side.tokens.shape[0]).to(dtype)
-        weights = 1.0 / each if weights is None else weights / each
-    return weights
-
-
-def _inputs(
-    problem: Problem,
-    documents: Documents,
-    mask_mode: str,
-    topk: int,
-    temperature: float,
-    prefixes: list[int],
-    normalize: bool,
-) -> Inputs:
-    """The raw ops' arguments, without weights."""
-    q, d = problem.queries, problem.documents
-    tokens, mask, floor = d.tokens, d.mask, None
-    scale = codes = centroids = buckets = None
-    if isinstance(documents, Int8Tokens):
-        scale = documents.scale.flatten()
-    elif isinstance(documents, ResidualTokens):
-        codes, centroids, buckets = documents.codes.flatten(), documents.centroids, documents.buckets
-        if prefixes[-1] < centroids.shape[1]:
-            raise ValueError(f"{OP}: dims is {prefixes}; with ResidualTokens it must end at d = {centroids.shape[1]}")
-    elif prefixes[-1] < tokens.shape[1]:
-        tokens = tokens[:, : prefixes[-1]]
-    if isinstance(documents, Int8Tokens) and prefixes[-1] < tokens.shape[1]:
-        tokens = tokens[:, : prefixes[-1]]
-    if mask_mode == "zero" and mask is not None:
-        if topk == 1 and temperature == 0:
-            # A masked token's similarity of 0 is a floor under the maximum, and has no gradient.
-            floor = _document_counts(d) < d.offsets[1:] - d.offsets[:-1]
-        elif isinstance(documents, Tensor):
-            tokens, mask = torch.where(mask[:, None], tokens, 0.0), None
-        else:
-            raise ValueError(f"{OP}: mask_mode='zero' with topk or temperature needs documents that are not quantised")
-    return Inputs(
-        q.tokens[:, : prefixes[-1]], tokens, q.offsets, d.offsets, mask, floor, problem.pair_q, problem.pair_d, None,
-        scale, codes, centroids, buckets, prefixes, topk, float(temperature), normalize, q.longest, d.longest,
-    )  # fmt: skip
-
-
 def _by_query(tokens: Tensor, problem: Problem) -> Tensor:
     """Per-token values as [planes, Nq, Nd, Lq] or [planes, P, Lq], zeros beyond a query's end."""
     q = problem.queries
     if problem.pair_q is not None:
-        inside = torch.arange(q.longest, device=tokens.device) < (q.offsets[1:] - q.offsets[:-1])[problem.pair_q, None]
+        inside = (
+            torch.arange(q.longest, device=tokens.device) < (q.offsets[1:] - q.offsets[:-1])[problem.pair_q, None]
+        )
         return torch.where(inside, tokens, 0.0)
     flat = eager.padded(tokens.permute(2, 0, 1), q.offsets, q.longest)  # [Nq, Lq, planes, Nd]
     return flat.permute(2, 0, 3, 1)
@@ -369,13 +377,20 @@ def _decoded(x: Inputs) -> Inputs:
         documents = Int8Tokens(documents, x.d_scale).decode()
     elif x.codes is not None and x.centroids is not None and x.buckets is not None:
         documents = ResidualTokens(x.codes, documents, x.centroids, x.buckets).decode()
-    return x._replace(documents=documents.to(statistics_dtype(x.queries)) if documents is not x.documents else documents)
+    return x if documents is x.documents else x._replace(documents=documents.to(statistics_dtype(x.queries)))
 
 
 def call_of(inputs: Inputs) -> Call:
     quantized = not inputs.documents.is_floating_point()
     return Call(
-        OP, inputs.queries.device, inputs.queries.dtype, "queries", inputs.planes, inputs.topk, inputs.temperature, quantized
+        OP,
+        inputs.queries.device,
+        inputs.queries.dtype,
+        "queries",
+        inputs.planes,
+        inputs.topk,
+        inputs.temperature,
+        quantized,
     )
 
 
@@ -415,5 +430,3 @@ _dispatch.register(
     _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
     make_call=_make_call,
 )
-
-__all__ = ["DTYPES", "maxsim"]
