@@ -40,11 +40,16 @@ NEVER = tl.constexpr(2147483647)  # after every token of a document
 
 @triton.jit
 def split3(x):
-    """float32 as a sum of three bfloat16, exactly (below 2^-110 nearly so); an infinity becomes NaN."""
+    """float32 as a sum of three bfloat16, exactly (nearly so below 2^-110); the first alone holds Inf and NaN."""
     high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
+    rest = tl.where(tl.abs(x) < float("inf"), x - high.to(tl.float32), 0.0)
     middle = rest.to(tl.bfloat16)
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def finite(x):
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -55,12 +60,14 @@ def multiply(a, b, acc):
     else:
         a_high, a_middle, a_low = split3(a.to(tl.float32))
         b_high, b_middle, b_low = split3(b.to(tl.float32))
+        # An infinity times a part of the other operand could be NaN, or infinite with another sign: once is enough.
+        a_finite, b_finite = finite(a_high), finite(b_high)
         # Smallest first; the three products left out are below 2^-25.
-        acc = tl.dot(a_low, b_high, acc)
-        acc = tl.dot(a_high, b_low, acc)
+        acc = tl.dot(a_low, b_finite, acc)
+        acc = tl.dot(a_finite, b_low, acc)
         acc = tl.dot(a_middle, b_middle, acc)
-        acc = tl.dot(a_middle, b_high, acc)
-        acc = tl.dot(a_high, b_middle, acc)
+        acc = tl.dot(a_middle, b_finite, acc)
+        acc = tl.dot(a_finite, b_middle, acc)
         acc = tl.dot(a_high, b_high, acc)
     return acc
 
