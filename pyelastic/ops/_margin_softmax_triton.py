@@ -187,9 +187,14 @@ def forward(
         return finish(p.labels, p.count, torch.float32, stats, theta, maximum, sums, ranks, top.amax(0), best)
 
 
+def _half_gemm_gives_float32() -> bool:
+    """torch.mm(..., out_dtype=): since torch 2.8."""
+    return "dtype" in torch.ops.aten.mm.overloads()
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product with float32 sums; float16 operands stay such where torch can give a float32 result."""
-    if a.is_cuda and a.dtype == torch.float16:
+    if a.is_cuda and a.dtype == torch.float16 and _half_gemm_gives_float32():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

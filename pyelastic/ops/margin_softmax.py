@@ -434,10 +434,11 @@ class _Sweep(torch.autograd.Function):
         *inputs, theta, lse_neg, best = ctx.saved_tensors
         weight, classes = inputs[1], inputs[3]
         need_e, need_w = ctx.needs_input_grad[2:4]
-        d_e, d_w = _Backward.apply(
-            ctx.backend, *inputs, ctx.scale, ctx.subcenters, theta, lse_neg, best, g_theta, g_lse,
-            g_sum if ctx.summed else None, need_e, need_w,
-        )  # fmt: skip
+        with torch.autocast(weight.device.type, enabled=False):  # also where backward is called under it
+            d_e, d_w = _Backward.apply(
+                ctx.backend, *inputs, ctx.scale, ctx.subcenters, theta, lse_neg, best, g_theta, g_lse,
+                g_sum if ctx.summed else None, need_e, need_w,
+            )  # fmt: skip
         if need_w and classes is not None:
             k = ctx.subcenters
             rows = (classes[:, None] * k + torch.arange(k, device=classes.device)).flatten()

@@ -27,18 +27,31 @@ def check(dtype: torch.dtype, options: dict[str, Any], dim: int = 20) -> None:
     compare("triton", case, margin, **options)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_wider_than_the_fused_kernels(
-    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """P of a chunk and a GEMM, in several chunks; the narrow limit stands in for D > 512."""
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P of a chunk and a GEMM, in several chunks; a limit of 0 stands in for D > 512."""
     table = launcher._kernels().MARGIN_SOFTMAX_CONFIGS
-    narrow = {key: value for key, value in table.items() if key[1] == 0}
-    monkeypatch.setattr(launcher._kernels(), "MARGIN_SOFTMAX_CONFIGS", narrow)
+    unfused = {key: value for key, value in table.items() if key[1] == 0}
+    monkeypatch.setattr(launcher._kernels(), "MARGIN_SOFTMAX_CONFIGS", unfused)
     monkeypatch.setattr(launcher, "CHUNK_BYTES", 1)
     monkeypatch.setattr(launcher, "FINISH_ELEMENTS", 128)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_wider_than_the_fused_kernels(dtype: torch.dtype, options: dict[str, Any], narrow: None) -> None:
     check(dtype, options)
+
+
+def test_a_backward_called_under_autocast_keeps_its_precision(narrow: None) -> None:
+    """Autocast would take the GEMMs of the backward to bfloat16."""
+    gradients = []
+    for enabled in (False, True):
+        loss, e, w = call("triton", make(20, 150, 20), M.ArcFace())
+        with torch.autocast(loss.device.type, torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append((e.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_row_really_that_wide() -> None:
