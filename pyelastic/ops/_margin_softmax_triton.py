@@ -20,6 +20,7 @@ from pyelastic.ops._margin_softmax_cuda import GRADIENT_SCALE, OPERAND_SCALE, ha
 # Bytes of P for one chunk of classes, where the backward needs a GEMM: stays in L2. An estimate.
 CHUNK_BYTES = 16 << 20
 PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measured
+GRID_Y = 65_535  # CUDA's limit of the second and third extent of a grid
 FINISH_ELEMENTS = 8192  # of the accumulator of a program of finish_w; a power of 2
 
 
@@ -292,6 +293,11 @@ def _fused(
     return d_e.sum(0)
 
 
+def _chunk_classes(class_bytes: int, block_c: int) -> int:
+    """Classes in a chunk whose P takes ``class_bytes`` a class; their blocks are the second extent of a grid."""
+    return block_c * max(1, min(CHUNK_BYTES // class_bytes // block_c, GRID_Y))
+
+
 def _chunked(
     p: _Problem, state: tuple[Any, ...], row_scale: Tensor, along: Tensor, back: Tensor, position: Tensor,
     d_weight: Tensor, need_embeddings: bool, need_weight: bool,
@@ -299,7 +305,7 @@ def _chunked(
     """As ``_fused``, for a D whose accumulators do not fit the registers: P of one chunk of classes at a time."""
     scaled, factor, tangents, ordered = _finish_arguments(p, row_scale, along, back, position)
     block_b, block_c, constants = p.configure(0)
-    chunk = max(block_c, CHUNK_BYTES // (p.batch * p.k * p.operand.itemsize) // block_c * block_c)
+    chunk = _chunk_classes(p.batch * p.k * p.operand.itemsize, block_c)
     block = max(1, FINISH_ELEMENTS // p.width)
     sums = torch.zeros(p.batch, p.dim, device=p.device)
     for first in range(0, p.count, chunk):

@@ -54,6 +54,14 @@ def test_a_backward_called_under_autocast_keeps_its_precision(narrow: None) -> N
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_chunks_stay_within_a_grid() -> None:
+    """One row needs few bytes a class: the blocks of a chunk would pass CUDA's limit of 65,535."""
+    for class_bytes in (2, 4, 6, 2048, 1 << 30):
+        chunk = launcher._chunk_classes(class_bytes, 64)
+        assert chunk % 64 == 0 and 1 <= chunk // 64 <= 65_535
+        assert chunk == 64 or chunk * class_bytes <= launcher.CHUNK_BYTES
+
+
 def test_a_row_really_that_wide() -> None:
     check(torch.float32, {}, dim=600)
 
