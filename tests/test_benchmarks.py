@@ -79,6 +79,13 @@ def test_memory_probe_sees_the_logits():
     assert eager is not None and eager > 2 * 4 * case.batch * case.classes
 
 
+def test_cpu_kernel_never_holds_the_logits():
+    """Less than one array of B x C beyond the gradients: two tiles of 8 MiB and O(B D)."""
+    case = bench.Case(256, 32, 100_000)
+    cpu = harness.peak_memory(bench, case, "pyelastic cpu", "cpu")
+    assert cpu is not None and cpu - case.gradient_bytes() < 0.5 * 4 * case.batch * case.classes
+
+
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "no_such_op", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from layouts import pairwise
-from margin_softmax_cases import BACKENDS, call, compare, make, over_backends, weighted_upstream
+from margin_softmax_cases import BACKENDS, OP, call, compare, make, over_backends, weighted_upstream
 from margin_softmax_reference import reference
 
 from pyelastic import _dispatch
@@ -66,15 +66,15 @@ def test_elastic_plus_skips_ignored_rows(backend: str, monkeypatch: pytest.Monke
 
     drawn = torch.linspace(0.9, 0.1, 13, dtype=torch.float64)
     keep = torch.tensor([i not in (2, 3, 9) for i in range(13)])
-    case = make(dtype=torch.float64)
+    case = make(dtype=backends.widest(OP, backend))
     for plus in ("rank", "official"):
         margin = M.ElasticArcFace(m=0.0, sigma=1.0, plus=plus)
-        short = make(dtype=torch.float64)
+        short = make(dtype=backends.widest(OP, backend))
         short.embeddings, short.labels = case.embeddings[keep], case.labels[keep]
         monkeypatch.setattr(_random, "normal", lambda seed, rows: drawn[keep].to(rows.device))
         (_, want), *_ = call(backend, short, margin, return_aux=True)
         monkeypatch.setattr(_random, "normal", lambda seed, rows: drawn.to(rows.device))
-        long = make(dtype=torch.float64)
+        long = make(dtype=backends.widest(OP, backend))
         long.labels[~keep] = -100
         (_, got), *_ = call(backend, long, margin, return_aux=True)
         assert torch.equal(got.margin[keep], want.margin)
