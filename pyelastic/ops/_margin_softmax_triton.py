@@ -98,6 +98,8 @@ class _Problem:
         self.operand_type = tl.float16 if self.half else tl.float32
         newest = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (10, 0)
         self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if newest else self.kernels.MARGIN_SOFTMAX_CONFIGS
+        if subcenters > 1 or self.sampled or weight.stride(1) != 1:
+            self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED
         rows = self.count * subcenters
         self.kernels.inverse_norms[(self.cdiv(rows, 16),)](
             self.weight, self.index, self.w_inv, rows, self.dim, *self.weight.stride(), HAS_INDEX=self.sampled,

@@ -30,9 +30,9 @@ def check(dtype: torch.dtype, options: dict[str, Any], dim: int = 20) -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """P of a chunk and a GEMM, in several chunks; a limit of 0 stands in for D > 512."""
-    table = launcher._kernels().MARGIN_SOFTMAX_CONFIGS
-    unfused = {key: value for key, value in table.items() if key[1] == 0}
-    monkeypatch.setattr(launcher._kernels(), "MARGIN_SOFTMAX_CONFIGS", unfused)
+    for name in ("MARGIN_SOFTMAX_CONFIGS", "MARGIN_SOFTMAX_CONFIGS_SCATTERED"):
+        table = getattr(launcher._kernels(), name)
+        monkeypatch.setattr(launcher._kernels(), name, {key: value for key, value in table.items() if key[1] == 0})
     monkeypatch.setattr(launcher, "CHUNK_BYTES", 1)
     monkeypatch.setattr(launcher, "FINISH_ELEMENTS", 128)
 
@@ -67,8 +67,9 @@ def test_a_row_really_that_wide() -> None:
 
 
 @pytest.mark.parametrize("dim", (130, 260, 512))
-def test_each_configuration(dim: int) -> None:
-    check(torch.float16, {}, dim)
+@pytest.mark.parametrize("options", ({}, {"subcenters": 2}), ids=str)
+def test_each_configuration(dim: int, options: dict[str, Any]) -> None:
+    check(torch.float16, options, dim)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
