@@ -265,17 +265,31 @@ def test_saves_vectors_besides_the_inputs(backend: str, variant: str, options: d
 SIZE = st.sampled_from([1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65]) | st.integers(1, 70)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("eager", "cpu")])
 @settings(max_examples=60)
 @given(data=st.data())
 def test_fuzz(backend: str, data: st.DataObject) -> None:
+    fuzz(backend, data.draw)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cuda", "triton")])
+@settings(max_examples=25)  # emulated and interpreted
+@given(data=st.data())
+def test_fuzz_of_gpu_backends(backend: str, data: st.DataObject) -> None:
+    fuzz(backend, data.draw)
+
+
+def fuzz(backend: str, draw: Any) -> None:
     """Any shape, dtype pair, layout, label pattern and combination of options against the truth."""
-    draw = data.draw
     batch, classes = draw(st.integers(0, 9) | SIZE), draw(SIZE)
     dim = draw(SIZE.filter(lambda d: d > 1))  # in one dimension every |cos| is 1
     k = draw(st.sampled_from([1, 1, 1, 2, 3]))
     half = (torch.float32, torch.bfloat16, torch.float16)
-    e_dtype, w_dtype = draw(st.sampled_from([(torch.float64,) * 2, *itertools.product(half, half)]))
+    double = [(torch.float64,) * 2] if backends.widest(OP, backend) == torch.float64 else []
+    e_dtype, w_dtype = draw(st.sampled_from([*double, *itertools.product(half, half)]))
+    rounded = backends.half_operands(backend, e_dtype, w_dtype)
+    if rounded:
+        k = 1  # float16 may choose another sub-centre, by which results jump
     case = make(batch, classes, dim, seed=draw(st.integers(0, 99)), subcenters=k)
     case.embeddings = lay(case.embeddings.to(e_dtype), draw(st.sampled_from(KINDS)))
     case.weight = lay(case.weight.to(w_dtype), draw(st.sampled_from(KINDS[:4])))
@@ -285,7 +299,8 @@ def test_fuzz(backend: str, data: st.DataObject) -> None:
         "ignore_index": -1,
         "subcenters": k,
         "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
-        "scale": draw(st.sampled_from([1.0, 16.0, 64.0, 128.0])),
+        # One rounding of a logit moves a whole row: with few rows and a large scale an RMS is no mean of many errors.
+        "scale": draw(st.sampled_from([1.0, 4.0] if rounded else [1.0, 16.0, 64.0, 128.0])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1])),
         "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-3])),
     }
