@@ -201,10 +201,9 @@ template <int R, class T>
 inline void take_smooth(const Running<T>& run, int half, const Vec<T> (&v)[R]) {
   Vec<T> top = run.value[half];
   for (int r = 0; r < R; ++r) top = above<T>(v[r], top) ? v[r] : top;
-  // A maximum of -inf has no terms yet; it would give inf - inf.
-  const Vec<T> base = top == kNone<T> ? Vec<T>{} : top;
-  Vec<T> sum = run.value[2 + half] * exp2_vec(run.value[half] - base);
-  for (int r = 0; r < R; ++r) sum += exp2_vec(v[r] - base);
+  const auto term = [&](const Vec<T>& x) { return exp2_vec(x == top ? Vec<T>{} : x - top); };  // inf - inf would be NaN
+  Vec<T> sum = run.value[2 + half] * term(run.value[half]);
+  for (int r = 0; r < R; ++r) sum += term(v[r]);
   run.value[half] = top;
   run.value[2 + half] = sum;
 }

@@ -39,9 +39,7 @@ def similarities(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """All similarities [Nq, Nd, Lq, Ld] or [P, Lq, Ld], and which document tokens count, broadcastable to them."""
-    dtype = statistics_dtype(queries)
-    q = padded(queries.to(dtype), q_offsets, max_q)
-    d = padded(documents.to(dtype), d_offsets, max_d)
+    q, d = padded(queries, q_offsets, max_q), padded(documents, d_offsets, max_d)
     present = torch.ones_like(documents[:, 0], dtype=torch.bool) if document_mask is None else document_mask
     counts = padded(present, d_offsets, max_d)
     # What masked tokens hold must not reach a gradient, not even as 0 * NaN.
@@ -91,6 +89,8 @@ def token_scores(
     ``temperature`` > 0: the smooth maximum ``temperature * log sum exp(s / temperature)``; ``topk`` > 1: the mean of
     the k largest, or of all where there are fewer; else the maximum.
     """
+    # Once, before the prefixes: gradients of several must not be added up in 16 bits.
+    queries, documents = queries.to(statistics_dtype(queries)), documents.to(statistics_dtype(queries))
     planes = []
     for width in prefixes:
         s, counts = similarities(
@@ -145,6 +145,8 @@ def scores(
 ) -> Tensor:
     """The raw op's result on decoded documents: scores [n, Nq, Nd] or [n, P], or the tokens' m in the kernels' layout,
     [n, Nd, Tq] or [n, P, max_q]."""
+    if weights is not None:
+        queries = torch.where(weights[:, None] == 0, 0.0, queries)  # 0 * NaN would be NaN
     m = token_scores(
         queries,
         documents,

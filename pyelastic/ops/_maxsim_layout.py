@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
     """Arguments of the raw ops, in their schema's order; the contract is csrc/maxsim.h.
 
     queries [Tq, d]; documents [Td, d], or int8 values [Td, d] with d_scale [Td], or uint8 buckets [Td, d bits / 8] with
-    codes [Td], centroids [., d] and buckets [2^bits]. weights [Tq]: 0 drops a token.
+    codes [Td], centroids [., d] and buckets [2^bits]. weights [Tq]: 0 drops a token; per-token values
+    are not multiplied by them.
     """
 
     queries: Tensor

@@ -207,6 +207,8 @@ def prepare(
 def weighted(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor:
     """w m of each query token, [planes, Nq, Nd, Lq] or [planes, P, Lq]."""
     inputs, problem, weights = prepared
+    # The kernels get the weights all the same: what a token of weight 0 holds reaches nothing.
+    inputs = inputs._replace(weights=None if weights is None else weights.detach())
     result = _by_query(chosen.run(inputs, True, save), problem)  # type: ignore[misc]
     if weights is None:
         return result
