@@ -13,7 +13,7 @@ Shapes: x [..., d_in], weight [d_out, d_in], y [..., d_out]. Dtypes: float16, bf
 of them, computed in float32, y in x's dtype; float64 in float64. Cost: 2 d_in d_out per row forward, 4 backward; saved
 for backward: the inputs, y and one float per row. z of all rows never exists. With ``normalize`` and 16 bits, the
 backward takes y as it was returned, rounded. Rows without a gradient cost nothing on the CPU where they are the most,
-as document rows that won nowhere in maxsim. Source: Clavie 2025 (arXiv 2510.12327) for the heads; the kernels' contract:
+as document rows that won nowhere in maxsim. Source: Clavie 2025 (arXiv 2510.12327) for the heads; the contract:
 csrc/projection.h.
 """
 
