@@ -15,6 +15,8 @@ from torch import Tensor
 from pyelastic.ops._maxsim_cpu import CHUNK_BYTES
 from pyelastic.ops._maxsim_layout import Inputs
 
+LOG2E = 1.4426950408889634
+LOOP_K = 64  # columns at a time where rows are too wide to be held
 PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measured
 SPLIT_ROWS = 16  # documents that a share of a tile of query tokens has at least
 
@@ -34,9 +36,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _pieces(dim: int, most: int, block: int) -> dict[str, Any]:
-    """A dimension of up to ``most`` as three powers of two at most, the last with room to spare; else a loop of ``block``."""
-    if dim > most:
+def pieces(dim: int, block: int) -> dict[str, Any]:
+    """The dimension as three powers of two at most, the last with room to spare, or as a loop of up to ``block`` columns."""
+    if block:
+        while block > 16 and -dim % (block // 2) < -dim % block:  # less padding
+            block //= 2
         return {"W0": block, "W1": 0, "W2": 0, "HOLD": False}
     widths, rest = [], dim
     for _ in range(2):
@@ -104,14 +108,16 @@ class _Problem:
 
     def configure(self, dim: int) -> tuple[int, dict[str, Any]]:
         """Tiles of query tokens, and the constexpr arguments of a kernel that computes similarities."""
-        k, bits = self.forward_kernels, self.operand_bits
-        held = [width for b, width in k.MAXSIM_CONFIGS if b == bits and width >= dim]
-        block_q, block_d, warps, stages = k.MAXSIM_CONFIGS[bits, min(held, default=0)]
+        bits, newer = self.operand_bits, False
+        if self.device.type == "cuda":
+            newer = torch.cuda.get_device_capability(self.device) >= (9, 0)
+        table = self.forward_kernels.MAXSIM_CONFIGS_SM90 if newer else self.forward_kernels.MAXSIM_CONFIGS
+        held = [width for b, width in table if b == bits and width >= dim]
+        block_q, block_d, block_k, warps, stages = table[bits, min(held, default=0)]
         block_q = min(block_q, max(16, self.power(self.width)))
-        most = max(width for b, width in k.MAXSIM_CONFIGS if b == bits)
         return self.cdiv(self.width, block_q), {
             **self.flags(),
-            **_pieces(dim, most, k.BLOCK_K),
+            **pieces(dim, block_k),
             "D": dim,
             "BITS": self.bits,
             "OPERAND": self.operand,
@@ -140,7 +146,7 @@ class _Problem:
         if x.temperature > 0:
             self.smooth_kernels.forward_smooth[(rows * tiles,)](
                 *inputs, self.pair_q, self.pair_d, maxima, self.tokens, self.width, tiles, *self.strides, x.temperature,
-                **there, **constants,
+                LOG2E / x.temperature, **there, **constants,
             )  # fmt: skip
             return
         floor = self.floor if x.floor is None else self.floor[first:]
@@ -226,7 +232,7 @@ class _Backward:
         table = p.smooth_kernels.MAXSIM_SMOOTH_CONFIGS if smooth else p.backward_kernels.MAXSIM_BACKWARD_CONFIGS
         table = {width: config for (bits, width), config in table.items() if bits == p.operand_bits}
         width = min(max(table), max(16, p.power(dim)))
-        own, other, warps, stages = table[min(w for w in table if w >= width)]
+        own, other, *block_k, warps, stages = table[min(w for w in table if w >= width)]
         block_q, block_d = (own, other) if of_queries else (other, own)
         made = {
             "D": dim,
@@ -237,8 +243,7 @@ class _Backward:
             "num_stages": stages,
         }
         if smooth:
-            pieces = _pieces(dim, max(table), p.forward_kernels.BLOCK_K)
-            made |= pieces | {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
+            made |= pieces(dim, LOOP_K if dim > max(table) else block_k[0]) | {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
         return made
 
     def queries(self, plane: int, grad: Tensor, saved: Tensor, offsets: Tensor, out: Tensor, add: bool) -> None:
@@ -272,7 +277,7 @@ class _Backward:
                   *_strides(grad), parts.stride(-2))  # fmt: skip
         if smooth:
             p.smooth_kernels.grad_queries_smooth[(programs, splits, chunks)](
-                *inputs, p.mask, *order, *shared, x.temperature, **flags, **constants
+                *inputs, p.mask, *order, *shared, LOG2E / x.temperature, **flags, **constants
             )
         else:
             p.backward_kernels.grad_queries[(programs, splits)](*inputs, *order, *shared, **flags, **constants)
@@ -295,11 +300,11 @@ class _Backward:
         parts = out if whole else torch.zeros(1, out.shape[0], dim, device=p.device)
         flags |= {"JACOBIAN": jacobian and whole, "ADD": add and whole}
         shared = (p.pair_q, *self.by_document, grad, p.weights, self.query_of, saved, parts, p.tokens, rows, p.width,
-                  tiles, chunks, *p.strides[:2], *_strides(grad), parts.stride(-2))  # fmt: skip
-        grid = (count * tiles * chunks,)
+                  *p.strides[:2], *_strides(grad), parts.stride(-2))  # fmt: skip
+        grid = (count, tiles, chunks)
         if x.temperature > 0:
             p.smooth_kernels.grad_documents_smooth[grid](
-                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, x.temperature, **flags, **constants
+                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, LOG2E / x.temperature, **flags, **constants
             )
         else:
             del flags["D_INV"]
