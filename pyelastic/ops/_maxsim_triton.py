@@ -39,7 +39,7 @@ def _rows(x: Tensor) -> Tensor:
 def pieces(dim: int, block: int) -> dict[str, Any]:
     """The dimension as three powers of two at most, the last with room to spare, or as a loop of up to ``block`` columns."""
     if block:
-        while block > 16 and -dim % (block // 2) < -dim % block:  # less padding
+        while block > 16 and -dim % block > dim / 8:  # what padding may add
             block //= 2
         return {"W0": block, "W1": 0, "W2": 0, "HOLD": False}
     widths, rest = [], dim
@@ -71,6 +71,7 @@ class _Problem:
         types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         self.operand = types[self.queries.dtype] if half else tl.float32
         self.listed = x.pair_q is not None
+        self.levels = max(1, min(x.topk, x.max_d))  # of topk
         self.rows = x.pair_q.shape[0] if x.pair_q is not None else x.d_offsets.shape[0] - 1
         self.tokens = self.queries.shape[0]
         self.width = x.max_q if self.listed else self.tokens
@@ -154,7 +155,7 @@ class _Problem:
         self.forward_kernels.forward[(rows * tiles,)](
             *inputs, floor, self.pair_q, self.pair_d, nothing if maxima is None else maxima,
             nothing if winners is None else winners, self.tokens, rows, self.width, tiles, *self.strides,
-            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=x.topk,
+            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=self.levels,
             **there, **constants,
         )  # fmt: skip
 
@@ -195,6 +196,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         maxima = torch.empty(x.token_shape(x.planes if keeps else 1), device=p.device)
         there = save and not smooth
         winners = torch.empty(x.token_shape(x.winner_planes) if there else (0,), dtype=x.winner_dtype, device=p.device)
+        if there and x.topk > p.levels:
+            winners[p.levels :].fill_(-1)
         for plane in range(x.planes):
             m = maxima[plane if keeps else 0]
             p.forward(plane, q_inv, d_inv, m, winners[plane : plane + x.topk] if there else None)
@@ -222,8 +225,11 @@ class _Backward:
 
     def splits(self, programs: int, rows: int) -> int:
         """Programs that share a tile of query tokens: enough to fill a GPU, from shapes alone."""
-        each = rows // max(1, self.p.x.q_offsets.shape[0] - 1) if self.p.listed else rows
-        return max(1, min(PROGRAMS // programs, self.p.cdiv(each, SPLIT_ROWS)))
+        return max(1, min(PROGRAMS // programs, self.p.cdiv(self.each(rows), SPLIT_ROWS)))
+
+    def each(self, rows: int) -> int:
+        """Rows of a query, on average."""
+        return self.p.cdiv(rows, max(1, self.p.x.q_offsets.shape[0] - 1)) if self.p.listed else rows
 
     def accumulating(self, dim: int, of_queries: bool) -> dict[str, Any]:
         """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; blocks shrink with the problem."""
@@ -258,8 +264,8 @@ class _Backward:
             width = max(16, p.power(dim))
             block = max(1, min(p.backward_kernels.GATHER_ELEMENTS // width, p.power(p.width)))
             constants = {
-                "TOPK": x.topk, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
-                "UNROLL": p.backward_kernels.GATHER_UNROLL, "num_warps": 4,
+                "TOPK": p.levels, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
+                "UNROLL": min(p.backward_kernels.GATHER_UNROLL, p.power(max(1, self.each(rows)))), "num_warps": 4,
             }  # fmt: skip
             del flags["Q_INV"]
         tiles = p.cdiv(p.width, constants["BLOCK_Q"])
@@ -296,7 +302,7 @@ class _Backward:
             return
         jacobian = self.d_inv is not None
         whole = chunks == 1 or not jacobian
-        # Zeros: another chunk's documents have rows there, which must not be added to.
+        # Zeros: other chunks of documents have rows there too.
         parts = out if whole else torch.zeros(1, out.shape[0], dim, device=p.device)
         flags |= {"JACOBIAN": jacobian and whole, "ADD": add and whole}
         shared = (p.pair_q, *self.by_document, grad, p.weights, self.query_of, saved, parts, p.tokens, rows, p.width,
@@ -309,10 +315,10 @@ class _Backward:
         else:
             del flags["D_INV"]
             p.backward_kernels.grad_documents[grid](
-                p.queries, p.documents, q, d, x.q_offsets, offsets, *shared, TOPK=x.topk, **flags, **constants
+                p.queries, p.documents, q, d, x.q_offsets, offsets, *shared, TOPK=p.levels, **flags, **constants
             )
         if not whole:
-            self.finish(parts, p.documents, d, out, jacobian, True)
+            self.finish(parts, p.documents, d, out, jacobian, add)
 
     def finish(self, parts: Tensor, tokens: Tensor, inverse: Tensor, out: Tensor, jacobian: bool, add: bool) -> None:
         p, (count, n, dim) = self.p, parts.shape
@@ -346,7 +352,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
             chunk = min(chunk, max(1, CHUNK_BYTES // max(1, planes * tokens * (4 if smooth else winners.itemsize))))
         grad = _shared(x, grad.float(), per_token)
         # What several launches add to is float32 until the end.
-        several_q, several_d = x.planes > 1 or chunk < count, x.planes > 1
+        several_q, several_d = x.planes > 1 or chunk < count, x.planes > 1 or (chunk < count and x.normalize)
         like_q, like_d = p.queries[: p.tokens * need_queries], p.documents[: p.documents.shape[0] * need_documents]
         d_q = torch.zeros_like(like_q, dtype=torch.float32) if several_q else torch.empty_like(like_q)
         d_d = torch.zeros_like(like_d, dtype=torch.float32) if several_d else torch.empty_like(like_d)
