@@ -3,6 +3,7 @@
 
 #include "margin_softmax.h"
 #include "mma_gemm.h"
+#include "projection.h"
 
 namespace py = pybind11;
 using pyelastic::Dtype;
@@ -104,6 +105,30 @@ void bind_margin_softmax(py::module_& m) {
         }, nogil);
 }
 
+// (pointer, dtype, row stride)
+using Rows = std::tuple<Pointer, int, Int>;
+pyelastic::MatrixView rows_view(const Rows& m) {
+  return {as<const void>(std::get<0>(m)), static_cast<Dtype>(std::get<1>(m)), std::get<2>(m)};
+}
+
+void bind_projection(py::module_& m) {
+  namespace cuda = pyelastic::cuda;
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("cuda_projection_forward",
+        [](Pointer z, Pointer bias, const Rows& residual, Int rows, Int dim, const Rows& out, Pointer inverse,
+           Pointer stream) {
+          const auto& [data, dtype, stride] = out;
+          cuda::projection_forward(as<const float>(z), as<const float>(bias), rows_view(residual), rows, dim,
+                                   as<void>(data), static_cast<Dtype>(dtype), stride, as<float>(inverse),
+                                   as<void>(stream));
+        }, nogil);
+  m.def("cuda_projection_backward",
+        [](const Rows& grad, const Rows& y, Pointer inverse, Int rows, Int dim, Pointer dz, Pointer stream) {
+          cuda::projection_backward(rows_view(grad), rows_view(y), as<const float>(inverse), rows, dim, as<float>(dz),
+                                    as<void>(stream));
+        }, nogil);
+}
+
 }  // namespace
 
 void pyelastic::bind_cuda(py::module_& m) {
@@ -114,4 +139,5 @@ void pyelastic::bind_cuda(py::module_& m) {
                                     columns, k, as<float>(c), ldc, splits, add, as<void>(stream));
         }, py::call_guard<py::gil_scoped_release>());
   bind_margin_softmax(m);
+  bind_projection(m);
 }

@@ -143,3 +143,10 @@ def cuda_mma_gemm(
     a: int, lda: int, a_k_major: bool, b: int, ldb: int, b_k_major: bool, rows: int, columns: int, k: int, c:
     int, ldc: int, splits: int, add: bool, stream: int, /,
 ) -> None: ...
+def cuda_projection_forward(
+    z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
+    stream: int, /,
+) -> None: ...
+def cuda_projection_backward(
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, stream: int, /,
+) -> None: ...

@@ -1,9 +1,14 @@
 """The launcher that projection's backends share: chunks of rows, products by torch's BLAS, the kernels between them.
 
-A backend is a subclass of ``Kernels`` with its two kernels. Contract: csrc/projection.h.
+A backend is a subclass of ``Kernels`` with its two kernels. Contract: csrc/projection.h. On a GPU nothing here
+synchronises, so a step can be captured in a CUDA graph; products of two 16-bit operands take them as they are there and
+give float32, all others are float32 products, in TF32 only where torch's settings allow it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,8 +25,29 @@ CPU_ROWS, GPU_ROWS = 512, 1 << 16
 COMPACT_BELOW = 0.5
 
 
+def _keeps_16_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether torch multiplies these operands as they are into float32: torch.mm(out_dtype=), CUDA, since 2.8."""
+    same = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+    return same and a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+
+
+@contextmanager
+def environment(device: torch.device) -> Iterator[None]:
+    """The tensors' device is the current one, and autocast, which would round float32 operands, is off."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            yield
+
+
 class Kernels:
     """What a backend provides, and how its products are made."""
+
+    # Whether rows without a gradient are left out of the backward. That reads a number back, so on a GPU it would
+    # synchronise.
+    compacts = False
 
     def __init__(self, x: Tensor) -> None:
         self.dtype = statistics_dtype(x)
@@ -38,8 +64,16 @@ class Kernels:
         """grad, y [n, d] -> dz [n, d]."""
         raise NotImplementedError
 
+    def operand(self, weight: Tensor, other: Tensor) -> Tensor:
+        """A weight as ``add_product`` takes it beside ``other``, converted once for all chunks."""
+        return weight if _keeps_16_bits(weight, other) else weight.to(self.dtype)
+
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         """out (+)= a @ b in the compute type; ``fresh``: out holds nothing yet."""
+        if _keeps_16_bits(a, b):
+            product = torch.mm(a, b, out_dtype=self.dtype)
+            out.copy_(product) if fresh else out.add_(product)
+            return
         a, b = a.to(self.dtype), b.to(self.dtype)
         depth = a.shape[1]
         step = CPU_DEPTH if self.on_cpu else max(depth, 1)
@@ -75,11 +109,9 @@ def forward(
     rows, d_out = x.shape[0], weight.shape[0]
     out = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     inverse = torch.empty(rows if normalize else 0, dtype=k.dtype, device=x.device)
-    w, b, r_w = (
-        weight.to(k.dtype),
-        _cast(bias, k.dtype),
-        None if residual_weight is None else residual_weight.to(k.dtype),
-    )
+    w, b, r_w = k.operand(weight, x), _cast(bias, k.dtype), None
+    if residual is not None and residual_weight is not None:
+        r_w = k.operand(residual_weight, residual)
     added = None if residual is None or r_w is not None else rows_of(residual)
     z = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
     for first in range(0, rows, k.rows):
@@ -153,8 +185,8 @@ def backward(
 
 
 def _compact(k: Kernels, grad: Tensor) -> Tensor | None:
-    """Rows with a gradient, if they are few. On a GPU that would synchronise: there all rows are kept."""
-    if not k.on_cpu:
+    """Rows with a gradient, if they are few."""
+    if not k.compacts:
         return None
     some = (grad != 0).any(1)
     return some.nonzero()[:, 0] if int(some.sum()) < COMPACT_BELOW * len(some) else None
