@@ -5,8 +5,8 @@
     sentence_transformers.multi_vector_encoder.scoring.colbert.maxsim = adapters.maxsim  # its losses
     sentence_transformers.util.similarity.maxsim = adapters.maxsim                       # mean_maxsim
 
-Differences: scores are float32 for 16-bit inputs (PyLate: the inputs' dtype); ``backend`` takes pyelastic's names; masks
-of PyLate count as 0 or not 0; ``chunk_elements`` is ignored, as there is no tensor of similarities to divide.
+Differences: scores are float32 for 16-bit inputs (PyLate: the inputs' dtype); ``backend`` takes pyelastic's names;
+PyLate's masks count as 0 or not 0; ``chunk_elements`` is ignored, as there is no tensor of similarities to divide.
 """
 
 from __future__ import annotations
