@@ -142,10 +142,44 @@ def test_memory_probe_sees_the_logits():
     assert eager - gradients > 2 * 4 * case.batch * case.classes
 
 
+def test_cpu_kernel_never_holds_the_logits():
+    """Less than one array of B x C beyond the gradients: two tiles of 8 MiB and O(B D)."""
+    case = bench.Case(256, 32, 100_000)
+    cpu = harness.peak_memory(bench, case, "pyelastic cpu", "cpu")
+    assert cpu is not None and cpu - case.gradient_bytes() < 0.5 * 4 * case.batch * case.classes
+
+
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "no_such_op", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "choose from margin_softmax" in done.stderr
+
+
+def test_main_writes_tables_json_and_a_page_with_plots(monkeypatch, tmp_path, capsys):
+    """The whole command on a tiny case, with one variant that the oracle refuses."""
+    from benchmarks import __main__ as command
+
+    fake = SimpleNamespace(**vars(bench))
+    fake.cases = lambda full, device: [CASE]
+    fake.memory_only = lambda full: []
+    variants = {
+        "pyelastic cpu": harness.Variant(bench._ours("cpu"), bench.FLOAT32),
+        "wrong & <slow>": harness.Variant(lambda *x: 1.01 * bench.lean(*x), bench.FLOAT32),
+    }
+    fake.variants = lambda case, device: dict(variants)
+    monkeypatch.setattr(harness, "load", lambda op: fake)
+    monkeypatch.setattr(harness, "peak_memory", lambda *arguments: 3 << 20)
+    arguments = [bench.OP, "--rounds", "4", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    command.main()
+    printed = capsys.readouterr().out
+    assert f"report: {tmp_path.resolve() / 'index.html'}" in printed and "pyelastic cpu" in printed
+    saved = json.loads((tmp_path / "margin_softmax.json").read_text())
+    assert len(saved["cases"][0]["rows"]["pyelastic cpu"]["step_s"]) == 4
+    assert saved["machine"]["copy_gb_per_s"] > 0 and saved["machine"]["gemm_gflop_per_s"] > 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<svg") == 1 and "wrong &amp; &lt;slow&gt;" in page and "ORACLE: relative RMS error" in page
+    assert "| pyelastic cpu |" in (tmp_path / "margin_softmax.md").read_text()
 
 
 def test_committed_results_hold_raw_samples():
