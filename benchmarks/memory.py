@@ -1,4 +1,7 @@
-"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory OP CASE VARIANT DEVICE`` prints bytes."""
+"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory OP CASE VARIANT DEVICE``.
+
+Prints the bytes, and how many of them are the step's gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,29 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(op: str, case_id: str, name: str, device: str) -> int:
+def main(op: str, case_id: str, name: str, device: str) -> tuple[int, int]:
     """Peak memory of a step above what inputs and a tiny warm-up step of the same code need."""
     bench = harness.load(op)
     case = bench.case(case_id)
     tiny = case.tiny()
-    harness.step(bench, bench.variants(tiny, device)[name].run, tiny.inputs(0, device))
-    run, inputs = bench.variants(case, device)[name].run, case.inputs(0, device)
+    warm = bench.variants(tiny, device)[name]
+    harness.step(tiny, warm.run, warm.take(tiny.inputs(0, device)))
+    variant = bench.variants(case, device)[name]
+    run, inputs = variant.run, variant.take(case.inputs(0, device))
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        harness.step(bench, run, inputs)
+        _, *gradients = harness.step(case, run, inputs)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    harness.step(bench, run, inputs)
-    return _status("VmHWM") - before
+        needed = torch.cuda.max_memory_allocated() - start
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        _, *gradients = harness.step(case, run, inputs)
+        needed = _status("VmHWM") - before
+    return needed, sum(gradient.nbytes for gradient in gradients)
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))
+    print(*main(*sys.argv[1:]))

@@ -370,7 +370,8 @@ def _run(backend: str) -> Any:
 
 
 def _run_eager(inputs: Inputs, per_token: bool, save: str) -> Tensor:
-    return eager.scores(*_decoded(inputs), per_token)
+    with torch.autocast(inputs.queries.device.type, enabled=False):
+        return eager.scores(*_decoded(inputs), per_token)
 
 
 def _decoded(x: Inputs) -> Inputs:

@@ -170,7 +170,7 @@ def maxsim_xtr(queries: Tensor, documents: Tensor, *, k: int = 256, backend: str
     options = {"layout": "cross", **options}
     p = prepare(queries, documents, **options)
     m = maxsim(queries, documents, reduction="none", backend=backend, **options)  # [Nq, Nd, Lq]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
         theta = _thresholds(p, k)
         sequence = p.problem.queries
         at = sequence.offsets[:-1, None] + torch.arange(sequence.longest, device=m.device)
