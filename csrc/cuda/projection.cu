@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // four blocks: else ptxas stops at 32 registers and spills on sm_100
     projection_gradient(const T* grad /* [rows, dim] */, std::int64_t grad_stride, const T* y /* [rows, dim] */,
                         std::int64_t y_stride, const float* inverse /* [rows] or null: y is not read */,
                         std::int64_t rows, std::int64_t dim, int lanes, float* dz /* [rows, dim] */) {
