@@ -11,8 +11,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kWide = 1024;     // columns above which a row has a block, so that few wide rows fill a GPU
-constexpr double kZeroNorm = 1e-12;      // F.normalize's eps
+constexpr std::int64_t kWide = 1024;        // columns above which a row has a block, so that few wide rows fill a GPU
+constexpr double kZeroNorm = 1e-12;         // F.normalize's eps
 constexpr float kConstantNorm = 0.999e12f;  // inverse norms from here on are 1 / kZeroNorm, rounded
 
 // The row that a thread works on, with which others: `lanes` is 32 or kThreads.

@@ -155,17 +155,14 @@ def backward(
     d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
     w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
     dz = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
-    wide = torch.empty(min(rows, k.rows), max(x.shape[1], 0 if residual is None else residual.shape[1]), dtype=k.dtype,
-                       device=x.device)  # fmt: skip
+    rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]
+    room = torch.empty(len(dz) * max(rounded, default=0), dtype=k.dtype, device=x.device)
     for first in range(0, rows, k.rows):
         part = slice(first, min(first + k.rows, rows))
-        n = part.stop - first
-        d = dz[:n]
+        d = dz[: part.stop - first]
         k.backward(grad[part], y[part], inverse[part] if normalize else None, d)
         if need_x:
-            to = wide.flatten()[: n * x.shape[1]].view(n, -1)
-            k.add_product(to, d, w, fresh=True)
-            d_x[part] = to
+            _store_product(k, d_x[part], d, w, room)
         if need_w:
             k.add_product(d_w, d.t(), x[part], fresh=False)
         if need_b:
@@ -174,14 +171,22 @@ def backward(
             if r_w is None:
                 d_r[part] = d
             else:
-                to = wide.flatten()[: n * residual.shape[1]].view(n, -1)
-                k.add_product(to, d, r_w, fresh=True)
-                d_r[part] = to
+                _store_product(k, d_r[part], d, r_w, room)
         if residual is not None and need_rw:
             k.add_product(d_rw, d.t(), residual[part], fresh=False)
     if kept is not None:
         d_x, d_r = (g.new_zeros(total, g.shape[1]).index_copy_(0, kept, g) if g.ndim == 2 else g for g in (d_x, d_r))
     return [d_x, d_w, d_b, d_r, d_rw]
+
+
+def _store_product(k: Kernels, out: Tensor, a: Tensor, b: Tensor, room: Tensor) -> None:
+    """out = a @ b, through ``room`` where out is not of the compute type."""
+    if out.dtype == k.dtype:
+        k.add_product(out, a, b, fresh=True)
+        return
+    product = room[: out.numel()].view(out.shape)
+    k.add_product(product, a, b, fresh=True)
+    out.copy_(product)
 
 
 def _compact(k: Kernels, grad: Tensor) -> Tensor | None:
