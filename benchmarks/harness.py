@@ -39,10 +39,14 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the op. ``limit``: relative RMS error against float64 that result and gradients may have."""
+    """A way to compute the op. ``limit``: relative RMS error against float64 that result and gradients may have.
 
-    run: Callable[..., Tensor]
+    ``truth``: what this variant should give, where the benchmark compares several algorithms.
+    """
+
+    run: Callable[..., Any]
     limit: float
+    truth: Callable[..., Inputs] | None = None
 
 
 class Bench(Protocol):
@@ -50,7 +54,7 @@ class Bench(Protocol):
 
     OP: str
     OURS: tuple[str, ...]  # rows of ours, the one to compare with first
-    LEAVES: int  # leading inputs that get gradients
+    LEAVES: int  # leading inputs that get gradients; 0: an in-place step, whose results `run` returns
 
     def cases(self, full: bool, device: str) -> list[Case]: ...
     def variants(self, case: Case, device: str) -> dict[str, Variant]: ...
@@ -67,7 +71,9 @@ def load(op: str) -> Any:
 
 
 def step(bench: Any, run: Callable[..., Tensor], inputs: Inputs) -> Inputs:
-    """One forward and backward on fresh leaves: result and gradients."""
+    """One forward and backward on fresh leaves: result and gradients; or one in-place step."""
+    if not bench.LEAVES:
+        return tuple(run(*inputs))
     leaves = [x.detach().requires_grad_() for x in inputs[: bench.LEAVES]]
     value = run(*leaves, *inputs[bench.LEAVES :])
     value.backward()
@@ -145,7 +151,9 @@ def measure(
 ) -> dict[str, Any]:
     """All variants of a case. Rounds are interleaved in rotating order on two alternating sets of inputs."""
     inputs = [case.inputs(seed, device) for seed in (0, 1)]
-    want = bench.truth(*inputs[0])
+    if hasattr(bench, "prepare"):
+        bench.prepare(case, *inputs[0])
+    shared: Inputs | None = None
     variants = {name: v for name, v in bench.variants(case, device).items() if name not in skip}
     rows: dict[str, dict[str, Any]] = {}
     for name, variant in list(variants.items()):
@@ -153,8 +161,13 @@ def measure(
         try:
             begin = time.perf_counter()
             got = step(bench, variant.run, inputs[0])
+            first_call = time.perf_counter() - begin
+            if variant.truth is None and shared is None:
+                shared = bench.truth(*inputs[0])
+            want = variant.truth(*inputs[0]) if variant.truth is not None else shared
+            assert want is not None
             error = errors(got, want)
-            rows[name] = {"first_call_s": time.perf_counter() - begin, "error": error}
+            rows[name] = {"first_call_s": first_call, "error": error}
             reason = refusal(error, variant.limit)
         except Exception as problem:  # a peer that cannot run is a result
             rows[name], reason = {}, f"{type(problem).__name__}: {problem}"[:300]
@@ -175,7 +188,8 @@ def measure(
                 rows[name]["step_s"].append(_seconds(lambda x=x: bench.floor(*x), device))
                 continue
             run = variants[name].run
-            rows[name]["forward_s"].append(_seconds(lambda run=run, x=x: forward(bench, run, x), device))
+            if bench.LEAVES:
+                rows[name]["forward_s"].append(_seconds(lambda run=run, x=x: forward(bench, run, x), device))
             rows[name]["step_s"].append(_seconds(lambda run=run, x=x: step(bench, run, x), device))
     return {
         "case": case.id,

@@ -7,13 +7,16 @@ from typing import Any
 
 _NAMES = {
     "BackendError": "pyelastic._dispatch",
+    "FiraState": "pyelastic.ops.fira",
     "MarginSoftmaxAux": "pyelastic.ops.margin_softmax",
     "backends": "pyelastic._dispatch",
+    "fira": "pyelastic.ops.fira",
+    "fira_state": "pyelastic.ops.fira",
     "margin_softmax": "pyelastic.ops.margin_softmax",
     "sample_classes": "pyelastic.ops.margin_softmax",
     "use_backend": "pyelastic._dispatch",
 }
-_MODULES = ("margins", "nn", "ops")
+_MODULES = ("margins", "nn", "ops", "optim")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
