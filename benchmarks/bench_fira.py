@@ -1,6 +1,6 @@
 """fira: one optimizer step of one matrix, the basis given by an earlier step (gap = infinity).
 
-Each variant is graded by its first step from W = 0.02 randn with lr = 1, where W' is all displacement, against a step in
+Each variant is graded by its first step from W = 0.02 randn, lr = 1, where W' is all displacement, against a step in
 float64 of the same algorithm (``Variant.truth``), all with one SVD of the gradient. Timed steps go on from there.
 ``python -m benchmarks.bench_fira`` prints what a refresh costs instead, with the energy that each projector captures.
 The floor is the two GEMMs.

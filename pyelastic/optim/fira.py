@@ -51,17 +51,15 @@ class Fira(torch.optim.Optimizer):
         maximize: ascend. differentiable: refused. seed: of ``random``, cold starts and stochastic rounding.
         backend: of ``pyelastic.fira``.
 
-    A refresh reads the gradient's norm on the host, other steps read nothing. A refresh whose gradient is zero or not
-    finite keeps the basis and is tried again at the next step. Changing a group's ``alpha``, ``gamma`` and so on acts
-    at once, ``rank``, ``proj_type`` and ``update_proj_gap`` at the next refresh of a matrix.
+    A refresh reads the gradient's largest element on the host, other steps read nothing. A refresh whose gradient is
+    zero or not finite keeps the basis and is tried again at the next step. Changing a group's ``alpha``, ``gamma`` and
+    so on acts at once, ``rank``, ``proj_type`` and ``update_proj_gap`` at the next refresh of a matrix.
 
     Raises:
         ValueError, TypeError: an argument or group key is wrong. RuntimeError: a sparse gradient.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and leaves both to the step
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
     _mode = "official"
 
     def __init__(
@@ -170,6 +168,7 @@ class Fira(torch.optim.Optimizer):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError("fira: sparse gradients are not supported; use a dense embedding gradient")
         factors: dict[torch.device, Tensor | None] = {}
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             low: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
             dense: dict[Any, list[Tensor]] = {}
@@ -189,9 +188,9 @@ class Fira(torch.optim.Optimizer):
                 else:
                     dense.setdefault((p.device, p.dtype), []).append(p)
             for (device, *_), entries in low.items():
-                self._step_low(entries, group, places, factors[device], self._on(self.found_inf, device))
+                self._step_low(entries, group, places, factors[device], self._on(found_inf, device))
             for (device, _), tensors in dense.items():
-                self._step_dense(tensors, group, factors[device], self._on(self.found_inf, device))
+                self._step_dense(tensors, group, factors[device], self._on(found_inf, device))
         return loss
 
     def _step_low(
@@ -238,7 +237,7 @@ class Fira(torch.optim.Optimizer):
 
     def _factor(self, device: torch.device) -> Tensor | None:
         """What gradients on ``device`` are multiplied by: the clip coefficient over the loss scale; None for 1."""
-        scale = self._on(self.grad_scale, device)
+        scale = self._on(getattr(self, "grad_scale", None), device)
         if self._max_grad_norm is None:
             return None if scale is None else scale.to(torch.float32).reciprocal()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -120,18 +120,18 @@ def refresh(
 ) -> Tensor | None:
     """P [d, r] for gradient ``g`` [m, n], or None where it says nothing: not finite, all zero, or nothing converged.
 
-    Reads the gradient's norm on the host: a refresh synchronises. A method that fails gives way to ``eigh``, with a
-    warning; never raises for what ``g`` holds.
+    Reads the gradient's largest element on the host: a refresh synchronises. A method that fails gives way to ``eigh``,
+    with a warning; never raises for what ``g`` holds.
     """
     if projector == "random":
         return random(g, previous, rank, left, seed)
-    norm = float(torch.linalg.vector_norm(g, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32))
-    if not 0.0 < norm < float("inf"):
+    largest = float(g.abs().amax())  # NaN if there is one
+    if not 0.0 < largest < float("inf"):
         return None
     if not isinstance(projector, str):
         return projector(g, previous, rank, left)
     # A gradient of size 1e-30 has an X^T X of zero. A power of two rounds nothing.
-    g = g.to(torch.float64 if g.dtype == torch.float64 else torch.float32) * 2.0 ** -math.frexp(norm)[1]
+    g = g.to(torch.float64 if g.dtype == torch.float64 else torch.float32) * 2.0 ** -math.frexp(largest)[1]
     for method in (PROJECTORS[projector], eigh):
         try:
             p = method(g, previous, rank, left, seed)
