@@ -92,4 +92,49 @@ extern const FiraKernels<float> fira_float;
 extern const FiraKernels<double> fira_double;
 }  // namespace avx512
 
+// --- CUDA -----------------------------------------------------------------------------------------------
+//
+// The same step for up to kFiraGroup matrices at once, launched by pyelastic/ops/_fira_cuda.py in this order: project,
+// moments, limiter, coefficients, apply. Descriptors travel as kernel arguments, so a launch can be captured in a CUDA
+// graph; nothing synchronises, no atomics, sums in a fixed order. There is no exact fallback for the limiter's norm: near
+// a_r = 1 give `gram`.
+namespace cuda {
+
+using Stream = void*;
+constexpr int kFiraGroup = 16;
+
+// One matrix. Scratch: r [L, r] float in the moments' layout, c the same in the operand type (the matrix units) or r
+// itself, stats [4, L] (|x|^2, |R|^2, |N|^2, R^T M R), f [L], scalars [4] (step size, keep, 1 = skip, unused).
+struct FiraMatrix {
+  void* w;
+  const void *g, *p;
+  float* r;
+  void *c, *m, *v;
+  const float* gram;  // or null
+  void* remainder;    // or null
+  float *stats, *f, *scalars, *limiter_norm, *step;
+  std::int64_t rows, columns, rank, g_stride, w_stride;
+  std::uint64_t seed;
+  bool left;
+};
+
+// What a call's matrices share. p, g, w have `dtype`; moments are float32 or bfloat16. grad_factor, found_inf: null or a
+// number on the device.
+struct FiraShared {
+  Dtype dtype, moment_dtype;
+  const double* lr;
+  const float *grad_factor, *found_inf;
+  double beta1, beta2;
+  float eps, weight_decay, gamma, a_r, a_n, a_s;
+  int flags;  // pyelastic.eager.fira.Flags
+  bool mma;   // 16-bit operands, all sizes and strides multiples of 8, all addresses of 16 bytes
+};
+
+void fira_project(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_limiter(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_apply(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+
+}  // namespace cuda
 }  // namespace pyelastic

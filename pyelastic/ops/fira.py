@@ -33,6 +33,9 @@ from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import fira as eager
 from pyelastic.eager.fira import Flags
 from pyelastic.ops import _fira_cpu as cpu
+from pyelastic.ops import _fira_cuda as cuda
+from pyelastic.ops import _fira_triton as triton
+from pyelastic.ops import _triton
 
 OP = "fira"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -271,7 +274,8 @@ def _fake(*arguments: Any) -> None:
 
 
 _OPS = {
-    name: _library.define(f"{OP}_step", name, _SCHEMA, launcher.step_, _fake) for name, launcher in (("cpu", cpu),)
+    name: _library.define(f"{OP}_step", name, _SCHEMA, launcher.step_, _fake)
+    for name, launcher in (("cpu", cpu), ("cuda", cuda), ("triton", triton))
 }
 
 
@@ -292,13 +296,32 @@ def _cpu_why_not(call: Call) -> str | None:
     return _extension.why_not()
 
 
+def _gpu_why_not(call: Call) -> str | None:
+    if call.state_dtype in (torch.int8, torch.uint8):
+        return "moments are 8-bit; this kernel takes float32 and bfloat16 (8-bit moments: backends 'cpu' and 'eager')"
+    return _dispatch.unsupported_dtype(call, DTYPES[:3])
+
+
+def _cuda_why_not(call: Call) -> str | None:
+    return _gpu_why_not(call) or _extension.cuda_why_not(str(call.device))
+
+
+def _triton_why_not(call: Call) -> str | None:
+    return _gpu_why_not(call) or _triton.why_not(str(call.device), call.dtype_argument, OP, "project")
+
+
+_HALF = ("float16", "bfloat16", "float32")
 _STEP = ("step",)
 _ALL = ("float16", "bfloat16", "float32", "float64")
 
 _dispatch.register(
     OP,
-    _dispatch.not_implemented("cuda", "being written"),
-    _dispatch.not_implemented("triton", "being written"),
+    _dispatch.Backend(
+        "cuda", _OPS["cuda"], _cuda_why_not, _HALF, directions=_STEP, label="emulated; not yet run on a GPU"
+    ),
+    _dispatch.Backend(
+        "triton", _OPS["triton"], _triton_why_not, _HALF, directions=_STEP, label="interpreted; not yet run on a GPU"
+    ),
     _dispatch.Backend("cpu", _OPS["cpu"], _cpu_why_not, _ALL, directions=_STEP, label="tested on CPU"),
     _dispatch.Backend(
         "eager", eager.step_, lambda call: None, _ALL, directions=_STEP, label="reference"

@@ -185,8 +185,13 @@ def test_cancellation(backend: str, dtype: torch.dtype, alpha: float, captured: 
     exact, _, _ = truth(given)
     run(backend, got)
     error = abs(float(got.state.limiter_norm) / float(exact.state.limiter_norm) - 1)
-    # gamma acts at 1e-2. 16-bit operands: R is rounded, and with it the residual itself.
-    assert error < (2e-3 if dtype == torch.bfloat16 else 1e-5), error
+    # gamma acts at 1e-2. The CPU kernel forms the residual; the others keep what the sums' precision leaves of s at
+    # this kappa, |phi x|^2 / s^2.
+    limit = 2e-3 if dtype == torch.bfloat16 else 1e-5
+    if backend != "cpu":
+        unit = 2.0**-21 if backend == "triton" and dtype == torch.float32 else 2.0**-24
+        limit = 4 * unit * min(1 / (1 - captured), 1 / (1 - alpha + 1e-12) ** 2)
+    assert error < max(limit, 1e-6), error
 
 
 def test_what_the_kernels_avoid() -> None:
