@@ -17,7 +17,8 @@ import triton.language as tl
 # operand bits -> (vectors, coordinates or columns, depth, num_warps, num_stages) of a tile. Chosen by compiling: none
 # spills on sm_80, sm_90, sm_100 (tests/test_kernel_budget.py). Not yet measured on a GPU.
 FIRA_CONFIGS = {16: (64, 64, 32, 4, 3), 32: (64, 32, 32, 4, 2)}
-MOMENTS_BLOCK = (32, 64)  # vectors, coordinates
+STOCHASTIC_WARPS = 8  # 4 spill on sm_80
+MOMENTS_BLOCKS = {False: (32, 64), True: (32, 32)}  # with a Gram matrix -> vectors, coordinates
 
 
 @triton.jit

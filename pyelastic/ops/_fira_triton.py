@@ -91,12 +91,15 @@ def step_(
                 grads[i], p, r, stats, vectors, dim, rank, *x_strides, *p_strides, *r_strides, **blocks, **options
             )
             gram = grams[i].float().contiguous() if grams and grams[i].numel() and a_r != 0 else None
-            moments_l, moments_n = kernels.MOMENTS_BLOCK
+            moments_l, moments_n = kernels.MOMENTS_BLOCKS[gram is not None]
             kernels.moments[(triton.cdiv(vectors, moments_l),)](
                 r, m, v, r if gram is None else gram, stats, scalars, vectors, rank, *r_strides, beta1, 1.0 - beta1,
                 beta2, 1.0 - beta2, eps, HAS_GRAM=gram is not None, BLOCK_L=moments_l, BLOCK_N=moments_n, num_warps=4,
             )  # fmt: skip
             f = _limiter(stats, limiter_norms[i], factor, skip, gamma, a_r, a_s, flags)
+            stochastic = bool(flags & Flags.STOCHASTIC)
+            if stochastic:
+                options["num_warps"] = kernels.STOCHASTIC_WARPS
             rest = remainders[i] if remainders else None
             # Where an element lies in W counts for the noise, and is the layout of the remainder.
             rest_strides = (1, w.shape[1]) if side else (w.shape[1], 1)
@@ -104,7 +107,7 @@ def step_(
                 w, grads[i], w if rest is None else rest, p, r, m, v, f, scalars, vectors, dim, rank,
                 *_vectors(w, side), *x_strides, *rest_strides, *p_strides, *r_strides, eps, a_n, a_r,
                 seeds[i] & 0xFFFFFFFF, (seeds[i] >> 32) & 0xFFFFFFFF, BACK=a_n != 0 or (a_r != 0 and a_s != 0),
-                HAS_REST=rest is not None, STOCHASTIC=bool(flags & Flags.STOCHASTIC), **blocks, **options,
+                HAS_REST=rest is not None, STOCHASTIC=stochastic, **blocks, **options,
             )  # fmt: skip
             for original, copy in ((exp_avgs[i], m), (exp_avg_sqs[i], v)):
                 if copy is not original:
