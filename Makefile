@@ -5,6 +5,7 @@ JOBS := $(or $(MAX_JOBS),2)
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
+COMMA := ,
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 .PHONY: test bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
@@ -32,7 +33,7 @@ $(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
 	touch $@
 
 test: $(VENV)/build.stamp $(VENV)/emulator.stamp
-	$(PY) -m pytest
+	PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest
 
 bench: $(VENV)/build.stamp
 	$(PY) -m benchmarks

@@ -21,8 +21,11 @@ ROOT = Path(__file__).parent.resolve()
 
 def jobs() -> int:
     """MAX_JOBS, or what the memory allows at 4 GB a compiler: builds of CUDA code have frozen machines."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    asked = os.environ.get("MAX_JOBS")
+    if asked:
+        if not asked.isdecimal():
+            raise SystemExit(f"MAX_JOBS is '{asked}'; expected a number")
+        return max(1, int(asked))
     try:
         gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
@@ -44,9 +47,11 @@ def cuda_archs() -> str:
 
 def cxx_compiler() -> str | None:
     """The C++ compiler, or None if this machine has none at all."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").split()
     if named:
-        return shutil.which(named.split()[0])
+        if shutil.which(named[0]) is None:
+            raise SystemExit(f"CXX is '{named[0]}', which is not there")
+        return shutil.which(named[0])
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
@@ -55,10 +60,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = target.parent / "_build.json"
+        required = os.environ.get("PYELASTIC_REQUIRE_EXTENSION", "0")
+        if required not in ("0", "1", ""):
+            raise SystemExit(f"PYELASTIC_REQUIRE_EXTENSION is '{required}'; expected 0 or 1")
         if cxx_compiler() is None:
             # No compiler is a state, not a crash; a compile *error* below is one.
             reason = "no C++ compiler was found at installation (CXX, c++, g++, clang++)"
-            if os.environ.get("PYELASTIC_REQUIRE_EXTENSION") == "1":
+            if required == "1":
                 raise SystemExit(f"pyelastic: {reason}, and PYELASTIC_REQUIRE_EXTENSION=1")
             print(f"pyelastic: {reason}; INSTALLING PURE PYTHON, only backend='eager' will run", file=sys.stderr)
             metadata.write_text(json.dumps({"not_built": reason}) + "\n")

@@ -60,13 +60,18 @@ def main() -> None:
     for op in options.op or OPS:
         results = _measure(op, options, console)
         for result in results["cases"]:
-            first, *others = report.COLUMNS
+            first, *others = report.columns(result)
             table = Table(Column(first, no_wrap=True), *others, title=f"{op} {result['case']} on {result['device']}")
+            failed = {name: row["failed"] for name, row in result["rows"].items() if "failed" in row}
             for cells in report.lines(result, results["machine"]):
-                table.add_row(*cells)
+                if cells[0] not in failed:
+                    table.add_row(*cells)
             console.print(table)
+            for name, reason in failed.items():
+                console.print(f"no time for {name}: {reason}", markup=False)
         for case, needed in results["memory_only"].items():
-            text = "could not run" if needed is None else f"needs {needed / 2**20:.0f} MiB, the gradients included"
+            mib = [size / 2**20 for size in needed or ()]
+            text = f"needs {mib[0]:.0f} MiB beyond inputs, {mib[1]:.0f} of them gradients" if mib else "could not run"
             console.print(f"{op} {case}: a step {text}")
         harness.save(str(options.out / f"{op}.json"), results)
         (options.out / f"{op}.md").write_text(report.markdown(results))

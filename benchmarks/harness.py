@@ -5,6 +5,7 @@ A benchmark is a module ``benchmarks.bench_<op>`` with the members of ``Bench``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -20,33 +21,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Inputs = tuple[Tensor, ...]
+Inputs = tuple[Any, ...]  # tensors, or objects made of tensors where an op takes those
 
 
 class Case(Protocol):
-    """One problem size."""
+    """One problem size. ``leaves``: how many leading inputs get gradients; 0: a case without a backward pass."""
 
+    @property
+    def leaves(self) -> int: ...
     @property
     def id(self) -> str: ...
     def flops(self) -> float:
-        """Operations a forward and backward step cannot do without."""
-
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients a step must return: not counted as a variant's own memory."""
+        """Operations a step (forward, and backward where there is one) cannot do without."""
 
     def inputs(self, seed: int, device: str) -> Inputs: ...
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the op. ``limit``: relative RMS error against float64 that result and gradients may have.
+    """A way to compute the op.
 
-    ``truth``: what this variant should give, where the benchmark compares several algorithms.
+    ``limit``: relative RMS error against float64 that result and gradients may have. ``prepare``: turns a case's inputs
+    into what ``run`` takes, such as another storage type, outside of the measured time; the truth follows it.
+    ``truth``: what this variant should give, where a benchmark compares several algorithms.
     """
 
-    run: Callable[..., Any]
+    run: Callable[..., Tensor]
     limit: float
+    prepare: Callable[..., Inputs] | None = None
     truth: Callable[..., Inputs] | None = None
+
+    def take(self, inputs: Inputs) -> Inputs:
+        return inputs if self.prepare is None else self.prepare(*inputs)
 
 
 class Bench(Protocol):
@@ -54,14 +60,13 @@ class Bench(Protocol):
 
     OP: str
     OURS: tuple[str, ...]  # rows of ours, the one to compare with first
-    LEAVES: int  # leading inputs that get gradients; 0: an in-place step, whose results `run` returns
 
     def cases(self, full: bool, device: str) -> list[Case]: ...
     def variants(self, case: Case, device: str) -> dict[str, Variant]: ...
-    def truth(self, *inputs: Tensor) -> Inputs:
-        """Result and gradients in float64."""
+    def truth(self, *inputs: Any) -> Inputs:
+        """Result, and gradients if the case has leaves, in float64."""
 
-    def floor(self, *inputs: Tensor) -> None:
+    def floor(self, *inputs: Any) -> None:
         """The operations no implementation can avoid, alone; its row is called ``floor``."""
 
 
@@ -70,20 +75,27 @@ def load(op: str) -> Any:
     return importlib.import_module(f"benchmarks.bench_{op}")
 
 
-def step(bench: Any, run: Callable[..., Tensor], inputs: Inputs) -> Inputs:
-    """One forward and backward on fresh leaves: result and gradients; or one in-place step."""
-    if not bench.LEAVES:
-        return tuple(run(*inputs))
-    leaves = [x.detach().requires_grad_() for x in inputs[: bench.LEAVES]]
-    value = run(*leaves, *inputs[bench.LEAVES :])
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at the first call: it imports a second's worth of what most processes of a benchmark never use."""
+    made = functools.cache(lambda: torch.compile(function))
+    return lambda *inputs: made()(*inputs)
+
+
+def step(case: Case, run: Callable[..., Tensor], inputs: Inputs) -> Inputs:
+    """One forward and backward on fresh leaves: result and gradients. Without leaves, the result alone."""
+    if case.leaves == 0:
+        with torch.no_grad():
+            return (run(*inputs),)
+    leaves = [x.detach().requires_grad_() for x in inputs[: case.leaves]]
+    value = run(*leaves, *inputs[case.leaves :])
     value.backward()
     return (value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))
 
 
-def forward(bench: Any, run: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+def forward(case: Case, run: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     """Forward of training: with the graph for a backward that does not come."""
-    leaves = [x.detach().requires_grad_() for x in inputs[: bench.LEAVES]]
-    return run(*leaves, *inputs[bench.LEAVES :]).detach()
+    leaves = [x.detach().requires_grad_() for x in inputs[: case.leaves]]
+    return run(*leaves, *inputs[case.leaves :]).detach()
 
 
 def errors(got: Inputs, want: Inputs) -> list[float]:
@@ -139,11 +151,15 @@ def machine(device: str) -> dict[str, Any]:
     return report
 
 
-def peak_memory(bench: Any, case: Case, name: str, device: str) -> int | None:
-    """Bytes that one step of a variant needs beyond inputs and its own code, in a fresh process."""
+def peak_memory(bench: Any, case: Case, name: str, device: str) -> tuple[int, int] | None:
+    """Bytes that one step of a variant needs beyond inputs and its own code, in a fresh process, and how many of those
+    are the gradients it returns."""
     command = [sys.executable, "-m", "benchmarks.memory", bench.OP, case.id, name, device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    needed, gradients = map(int, done.stdout.split()[-2:])
+    return needed, gradients
 
 
 def measure(
@@ -151,21 +167,23 @@ def measure(
 ) -> dict[str, Any]:
     """All variants of a case. Rounds are interleaved in rotating order on two alternating sets of inputs."""
     inputs = [case.inputs(seed, device) for seed in (0, 1)]
-    if hasattr(bench, "prepare"):
-        bench.prepare(case, *inputs[0])
-    shared: Inputs | None = None
     variants = {name: v for name, v in bench.variants(case, device).items() if name not in skip}
+    # Inputs and truth per way of preparing them: a variant answers for its arithmetic on the inputs it is given.
+    prepared = {p: [p(*x) if p else x for x in inputs] for p in {v.prepare for v in variants.values()}}
+    wanted = {
+        prepare: bench.truth(*x[0])
+        for prepare, x in prepared.items()
+        if any(v.truth is None and v.prepare == prepare for v in variants.values())
+    }
     rows: dict[str, dict[str, Any]] = {}
     for name, variant in list(variants.items()):
         tick(f"{case.id}: checking {name}")
         try:
             begin = time.perf_counter()
-            got = step(bench, variant.run, inputs[0])
+            got = step(case, variant.run, prepared[variant.prepare][0])
             first_call = time.perf_counter() - begin
-            if variant.truth is None and shared is None:
-                shared = bench.truth(*inputs[0])
-            want = variant.truth(*inputs[0]) if variant.truth is not None else shared
-            assert want is not None
+            own = variant.truth
+            want = wanted[variant.prepare] if own is None else own(*prepared[variant.prepare][0])
             error = errors(got, want)
             rows[name] = {"first_call_s": first_call, "error": error}
             reason = refusal(error, variant.limit)
@@ -177,25 +195,24 @@ def measure(
             if device == "cuda":
                 torch.cuda.empty_cache()  # what ran out of memory must not starve the next
         else:
-            rows[name].update(step_s=[], forward_s=[], memory=peak_memory(bench, case, name, device))
-    rows["floor"] = {"step_s": [], "forward_s": [], "memory": None}
+            needed, gradients = peak_memory(bench, case, name, device) or (None, 0)
+            rows[name].update(step_s=[], forward_s=[], memory=needed, gradient_bytes=gradients)
+    rows["floor"] = {"step_s": [], "forward_s": [], "memory": None, "gradient_bytes": 0}
     names = [*variants, "floor"]
     for i in range(rounds):
         tick(f"{case.id}: round {i + 1}/{rounds}")
-        x = inputs[i % 2]
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if name == "floor":
-                rows[name]["step_s"].append(_seconds(lambda x=x: bench.floor(*x), device))
+                rows[name]["step_s"].append(_seconds(lambda x=inputs[i % 2]: bench.floor(*x), device))
                 continue
-            run = variants[name].run
-            if bench.LEAVES:
-                rows[name]["forward_s"].append(_seconds(lambda run=run, x=x: forward(bench, run, x), device))
-            rows[name]["step_s"].append(_seconds(lambda run=run, x=x: step(bench, run, x), device))
+            run, x = variants[name].run, prepared[variants[name].prepare][i % 2]
+            if case.leaves:
+                rows[name]["forward_s"].append(_seconds(lambda run=run, x=x: forward(case, run, x), device))
+            rows[name]["step_s"].append(_seconds(lambda run=run, x=x: step(case, run, x), device))
     return {
         "case": case.id,
         "device": device,
         "flops": case.flops(),
-        "gradient_bytes": case.gradient_bytes(),
         "ours": next((name for name in bench.OURS if "step_s" in rows.get(name, {})), None),
         "rows": rows,
     }

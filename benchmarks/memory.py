@@ -1,4 +1,7 @@
-"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory OP CASE VARIANT DEVICE`` prints bytes."""
+"""Peak memory of one step, alone in a process: ``python -m benchmarks.memory OP CASE VARIANT DEVICE``.
+
+Prints the bytes, and how many of them are the step's gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,32 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(op: str, case_id: str, name: str, device: str) -> int:
+def main(op: str, case_id: str, name: str, device: str) -> tuple[int, int]:
     """Peak memory of a step above what inputs and a tiny warm-up step of the same code need."""
     bench = harness.load(op)
     case = bench.case(case_id)
     tiny = case.tiny()
-    harness.step(bench, bench.variants(tiny, device)[name].run, tiny.inputs(0, device))
-    run, inputs = bench.variants(case, device)[name].run, case.inputs(0, device)
+    warm = bench.variants(tiny, device)[name]
+    harness.step(tiny, warm.run, warm.take(tiny.inputs(0, device)))
+    variant = bench.variants(case, device)[name]
+    run, inputs = variant.run, variant.take(case.inputs(0, device))
+    if getattr(bench, "STATEFUL", False):  # what an optimizer keeps is not memory of its step
+        harness.step(case, run, inputs)
+        ctypes.CDLL(None).malloc_trim(0)
     if device == "cuda":
-        if not bench.LEAVES:
-            harness.step(bench, run, inputs)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        harness.step(bench, run, inputs)
+        _, *gradients = harness.step(case, run, inputs)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-    if not bench.LEAVES:  # what an optimizer keeps is not memory of its step
-        harness.step(bench, run, inputs)
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    harness.step(bench, run, inputs)
-    return _status("VmHWM") - before
+        needed = torch.cuda.max_memory_allocated() - start
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        _, *gradients = harness.step(case, run, inputs)
+        needed = _status("VmHWM") - before
+    return needed, sum(gradient.nbytes for gradient in gradients)
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))
+    print(*main(*sys.argv[1:]))

@@ -8,27 +8,33 @@ from typing import Any
 
 from benchmarks.harness import median, spread
 
-COLUMNS = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond gradients", "% of GEMM peak")
+TRAINING = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond gradients", "% of GEMM peak")
+FORWARD = ("variant", "ms", "spread", "vs ours", "peak MiB", "% of GEMM peak")
 
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
+def columns(result: dict[str, Any]) -> tuple[str, ...]:
+    """Headings of a case's table: a case without a backward pass has no samples of the forward alone."""
+    return TRAINING if any(row.get("forward_s") for row in result["rows"].values()) else FORWARD
+
+
 def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row of text per variant, fastest first; a variant without a right result shows why."""
     ours = median(result["rows"].get(result["ours"], {}).get("step_s", []))
-    table = []
+    headings, table = columns(result), []
     for name, row in result["rows"].items():
         if "failed" in row:
-            table.append((float("inf"), (name, row["failed"], "", "", "", "", "")))
+            table.append((float("inf"), (name, row["failed"], *[""] * (len(headings) - 2))))
             continue
         time = median(row["step_s"])
-        memory = "-" if row["memory"] is None else f"{(row['memory'] - result['gradient_bytes']) / 2**20:.0f}"
+        memory = "-" if row["memory"] is None else f"{max(0, row['memory'] - row['gradient_bytes']) / 2**20:.0f}"
         peak = result["flops"] / time / (machine["gemm_gflop_per_s"] * 1e9)
-        forward = _ms(median(row["forward_s"])) if row["forward_s"] else "-"
+        forward = (_ms(median(row["forward_s"])) if row["forward_s"] else "-",) if headings is TRAINING else ()
         noise = f"{100 * spread(row['step_s']):.0f} %"
-        cells = (name, forward, _ms(time), noise, f"{time / ours:.2f}x", memory)
+        cells = (name, *forward, _ms(time), noise, f"{time / ours:.2f}x", memory)
         table.append((time, (*cells, f"{100 * peak:.0f} %")))
     return [cells for _, cells in sorted(table, key=lambda entry: entry[0])]
 
@@ -36,7 +42,8 @@ def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ..
 def markdown(results: dict[str, Any]) -> str:
     text = []
     for result in results["cases"]:
-        text += [f"\n**{result['case']}**\n", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        headings = columns(result)
+        text += [f"\n**{result['case']}**\n", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
         text += ["| " + " | ".join(cells) + " |" for cells in lines(result, results["machine"])]
     return "\n".join(text) + "\n"
 
@@ -50,7 +57,7 @@ def _plot(result: dict[str, Any]) -> str:
     rows = {name: row for name, row in result["rows"].items() if "failed" not in row}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.5 + 0.4 * len(rows)), sharey=True)
     left.barh(list(rows), [1e3 * median(row["step_s"]) for row in rows.values()])
-    left.set_xlabel("forward + backward, ms")
+    left.set_xlabel("forward + backward, ms" if columns(result) is TRAINING else "ms")
     right.barh(list(rows), [(row["memory"] or 0) / 2**20 for row in rows.values()])
     right.set_xlabel("peak memory of a step (gradient included), MiB")
     left.invert_yaxis()
@@ -75,7 +82,7 @@ def page(everything: list[dict[str, Any]]) -> str:
         parts.append("</table>")
         for result in results["cases"]:
             parts.append(f"<h3>{html.escape(result['case'])} on {result['device']}</h3><table><tr>")
-            parts += [f"<th>{column}" for column in COLUMNS]
+            parts += [f"<th>{column}" for column in columns(result)]
             for cells in lines(result, results["machine"]):
                 parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells))
             parts.append("</table>" + _plot(result))

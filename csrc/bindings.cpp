@@ -10,6 +10,7 @@
 #include "common/parallel.h"
 #include "fira.h"
 #include "margin_softmax.h"
+#include "maxsim.h"
 
 namespace py = pybind11;
 using pyelastic::Dtype;
@@ -24,22 +25,77 @@ T* as(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
+// The table of this machine's instruction set.
+#ifdef PYELASTIC_HAVE_X86_ISAS
+#define PYELASTIC_CHOOSE(table)                                      \
+  (pyelastic::isa() >= Isa::avx512 ? pyelastic::avx512::table        \
+   : pyelastic::isa() == Isa::avx2 ? pyelastic::avx2::table          \
+                                   : pyelastic::baseline::table)
+#else
+#define PYELASTIC_CHOOSE(table) pyelastic::baseline::table
+#endif
+
+template <class T>
+const pyelastic::FiraKernels<T>& fira() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(fira_float);
+  } else {
+    return PYELASTIC_CHOOSE(fira_double);
+  }
+}
+
+// (vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s)
+using FiraProblem = std::tuple<Int, Int, Int, bool, double, double, double, double, double, double, double, double>;
+pyelastic::FiraProblem problem(const FiraProblem& p) {
+  const auto& [vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s] = p;
+  return {vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s};
+}
+// (m, v, dtype, m_scale, v_scale)
+using FiraMoments = std::tuple<Pointer, Pointer, int, Pointer, Pointer>;
+pyelastic::FiraMoments moments(const FiraMoments& s) {
+  const auto& [m, v, dtype, m_scale, v_scale] = s;
+  return {as<void>(m), as<void>(v), static_cast<Dtype>(dtype), as<float>(m_scale), as<float>(v_scale)};
+}
+
+template <class T>
+void bind_fira(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("fira_") + stem + suffix; };
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def(name("moments").c_str(),
+        [](const FiraProblem& p, Pointer r, int r_dtype, Pointer g, int g_dtype, Int g_stride, const FiraMoments& s,
+           Pointer squares, int threads) {
+          fira<T>().moments(problem(p), as<const void>(r), static_cast<Dtype>(r_dtype), as<const void>(g),
+                            static_cast<Dtype>(g_dtype), g_stride, moments(s), as<double>(squares), threads);
+        }, nogil);
+  m.def(name("scales").c_str(),
+        [](const FiraProblem& p, Pointer squares, Pointer gram, Pointer exact, double before, double gamma,
+           bool collapse, bool per_matrix, Pointer f) {
+          const auto out = fira<T>().scales(problem(p), as<const double>(squares), as<const double>(gram),
+                                            as<const double>(exact), before, gamma, collapse, per_matrix, as<T>(f));
+          return std::make_tuple(out.norm, out.kept, out.lim, out.kappa);
+        }, nogil);
+  m.def(name("coefficients").c_str(),
+        [](const FiraProblem& p, const FiraMoments& s, Pointer f, Pointer r, int r_dtype, int threads) {
+          fira<T>().coefficients(problem(p), moments(s), as<const T>(f), as<void>(r), static_cast<Dtype>(r_dtype),
+                                 threads);
+        }, nogil);
+  m.def(name("apply").c_str(),
+        [](const FiraProblem& p, Pointer t, int t_dtype, Pointer f, Pointer g, Int g_stride, Pointer w, Int w_stride,
+           int w_dtype, Int first, Int rows, double size, double keep,
+           const std::tuple<bool, std::uint64_t, std::uint32_t, Pointer>& rounding, int threads) {
+          const auto& [stochastic, seed, step, remainder] = rounding;
+          fira<T>().apply(problem(p), as<const void>(t), static_cast<Dtype>(t_dtype), as<const T>(f),
+                          as<const void>(g), g_stride, as<void>(w), w_stride, static_cast<Dtype>(w_dtype), first,
+                          rows, size, keep, {stochastic, seed, step, as<void>(remainder)}, threads);
+        }, nogil);
+}
+
 template <class T>
 const pyelastic::MarginSoftmaxKernels<T>& margin_softmax() {
-  constexpr bool single = sizeof(T) == sizeof(float);
-#ifdef PYELASTIC_HAVE_X86_ISAS
-  if constexpr (single) {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::margin_softmax_float;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::margin_softmax_float;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(margin_softmax_float);
   } else {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::margin_softmax_double;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::margin_softmax_double;
-  }
-#endif
-  if constexpr (single) {
-    return pyelastic::baseline::margin_softmax_float;
-  } else {
-    return pyelastic::baseline::margin_softmax_double;
+    return PYELASTIC_CHOOSE(margin_softmax_double);
   }
 }
 
@@ -100,68 +156,92 @@ void bind_margin_softmax(py::module_& m, const char* suffix) {
         }, nogil);
 }
 
+// Sides as Python passes them: (pointer, dtype, stride, offsets, count, tokens, bits, codes, centroids, buckets).
+using Side = std::tuple<Pointer, int, Int, Pointer, Int, Int, int, Pointer, Pointer, Pointer>;
+pyelastic::Tokens tokens(const Side& side) {
+  const auto& [data, dtype, stride, offsets, count, total, bits, codes, centroids, buckets] = side;
+  return {as<const void>(data), static_cast<Dtype>(dtype), stride, as<const Int>(offsets), count, total,
+          {bits, as<const std::int32_t>(codes), as<const float>(centroids), as<const float>(buckets)}};
+}
+
+// (queries, documents, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, prefixes, planes, topk, temperature, q_inv, d_inv)
+using MaxSim = std::tuple<Side, Side, Int, Pointer, Pointer, Pointer, Pointer, Int, Int, Pointer, int, int, double,
+                          Pointer, Pointer>;
+pyelastic::MaxSimProblem maxsim_problem(const MaxSim& m) {
+  const auto& [q, d, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, prefixes, planes, topk, temperature, q_inv,
+               d_inv] = m;
+  return {tokens(q), tokens(d), dim, as<const std::uint8_t>(d_mask), as<const std::uint8_t>(floor), as<const Int>(pair_q),
+          as<const Int>(pair_d), pairs, max_q, as<const Int>(prefixes), planes, topk, temperature, as<const void>(q_inv),
+          as<const void>(d_inv)};
+}
+
 template <class T>
-const pyelastic::FiraKernels<T>& fira() {
-  constexpr bool single = sizeof(T) == sizeof(float);
+const pyelastic::MaxSimKernels<T>& maxsim() {
 #ifdef PYELASTIC_HAVE_X86_ISAS
-  if constexpr (single) {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::fira_float;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::fira_float;
-  } else {
-    if (pyelastic::isa() == Isa::avx512) return pyelastic::avx512::fira_double;
-    if (pyelastic::isa() == Isa::avx2) return pyelastic::avx2::fira_double;
+  if (pyelastic::isa() == Isa::avx512bf16) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return pyelastic::avx512bf16::maxsim_float;
+    } else {
+      return pyelastic::avx512bf16::maxsim_double;
+    }
   }
 #endif
-  if constexpr (single) {
-    return pyelastic::baseline::fira_float;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(maxsim_float);
   } else {
-    return pyelastic::baseline::fira_double;
+    return PYELASTIC_CHOOSE(maxsim_double);
   }
 }
 
-// (vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s)
-using FiraProblem = std::tuple<Int, Int, Int, bool, double, double, double, double, double, double, double, double>;
-pyelastic::FiraProblem problem(const FiraProblem& p) {
-  const auto& [vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s] = p;
-  return {vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s};
-}
-// (m, v, dtype, m_scale, v_scale)
-using FiraMoments = std::tuple<Pointer, Pointer, int, Pointer, Pointer>;
-pyelastic::FiraMoments moments(const FiraMoments& s) {
-  const auto& [m, v, dtype, m_scale, v_scale] = s;
-  return {as<void>(m), as<void>(v), static_cast<Dtype>(dtype), as<float>(m_scale), as<float>(v_scale)};
+template <class T>
+const pyelastic::MaxSimBackward<T>& maxsim_backward() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(maxsim_backward_float);
+  } else {
+    return PYELASTIC_CHOOSE(maxsim_backward_double);
+  }
 }
 
 template <class T>
-void bind_fira(py::module_& m, const char* suffix) {
-  const auto name = [&](const char* stem) { return std::string("fira_") + stem + suffix; };
+void bind_maxsim(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("maxsim_") + stem + suffix; };
   const py::call_guard<py::gil_scoped_release> nogil;
-  m.def(name("moments").c_str(),
-        [](const FiraProblem& p, Pointer r, int r_dtype, Pointer g, int g_dtype, Int g_stride, const FiraMoments& s,
-           Pointer squares, int threads) {
-          fira<T>().moments(problem(p), as<const void>(r), static_cast<Dtype>(r_dtype), as<const void>(g),
-                            static_cast<Dtype>(g_dtype), g_stride, moments(s), as<double>(squares), threads);
+  m.def(name("block").c_str(), [] { return maxsim<T>().block(); });
+  m.def(name("pairs").c_str(), [] { return maxsim<T>().pairs(); });
+  m.def(name("norms").c_str(), [](const Side& x, Pointer prefixes, int planes, Pointer inverse, int threads) {
+    maxsim<T>().norms(tokens(x), as<const Int>(prefixes), planes, as<T>(inverse), threads);
+  }, nogil);
+  m.def(name("pack").c_str(),
+        [](const Side& q, Int dim, Pointer groups, Pointer blocks, Int n, Pointer packed, bool pairs, int threads) {
+          maxsim<T>().pack(tokens(q), dim, as<const Int>(groups), as<const Int>(blocks), n, as<void>(packed), pairs,
+                           threads);
         }, nogil);
-  m.def(name("scales").c_str(),
-        [](const FiraProblem& p, Pointer squares, Pointer gram, Pointer exact, double before, double gamma,
-           bool collapse, bool per_matrix, Pointer f) {
-          const auto out = fira<T>().scales(problem(p), as<const double>(squares), as<const double>(gram),
-                                            as<const double>(exact), before, gamma, collapse, per_matrix, as<T>(f));
-          return std::make_tuple(out.norm, out.kept, out.lim, out.kappa);
+  m.def(name("forward").c_str(),
+        [](const MaxSim& p, Pointer packed, bool pairs, Pointer groups, Pointer blocks, Int n, Pointer weights,
+           Pointer scores, Pointer maxima, Pointer winners, bool narrow, int threads) {
+          maxsim<T>().forward(maxsim_problem(p), as<const void>(packed), pairs, as<const Int>(groups),
+                              as<const Int>(blocks), n, as<const T>(weights), as<T>(scores), as<T>(maxima),
+                              {as<void>(winners), narrow}, threads);
         }, nogil);
-  m.def(name("coefficients").c_str(),
-        [](const FiraProblem& p, const FiraMoments& s, Pointer f, Pointer r, int r_dtype, int threads) {
-          fira<T>().coefficients(problem(p), moments(s), as<const T>(f), as<void>(r), static_cast<Dtype>(r_dtype),
-                                 threads);
-        }, nogil);
-  m.def(name("apply").c_str(),
-        [](const FiraProblem& p, Pointer t, int t_dtype, Pointer f, Pointer g, Int g_stride, Pointer w, Int w_stride,
-           int w_dtype, Int first, Int rows, double size, double keep,
-           const std::tuple<bool, std::uint64_t, std::uint32_t, Pointer>& rounding, int threads) {
-          const auto& [stochastic, seed, step, remainder] = rounding;
-          fira<T>().apply(problem(p), as<const void>(t), static_cast<Dtype>(t_dtype), as<const T>(f),
-                          as<const void>(g), g_stride, as<void>(w), w_stride, static_cast<Dtype>(w_dtype), first,
-                          rows, size, keep, {stochastic, seed, step, as<void>(remainder)}, threads);
+  // `winners` are the maxima of a smooth forward.
+  m.def(name("backward").c_str(),
+        [](const MaxSim& p, bool of_queries, Pointer scores, Pointer weights, Pointer per_token, Pointer winners,
+           bool narrow, Pointer order, Pointer first, Pointer out, int dtype, int threads) {
+          const auto problem = maxsim_problem(p);
+          const pyelastic::MaxSimGradient<T> gradient{as<const T>(scores), as<const T>(weights), as<const T>(per_token)};
+          const pyelastic::PairOrder pairs{as<const Int>(order), as<const Int>(first)};
+          const auto& kernels = maxsim_backward<T>();
+          const pyelastic::Winners won{as<void>(winners), narrow};
+          if (problem.temperature > 0 && of_queries) {
+            kernels.smooth_queries(problem, gradient, as<const T>(winners), pairs, as<T>(out), threads);
+          } else if (problem.temperature > 0) {
+            kernels.smooth_documents(problem, gradient, as<const T>(winners), pairs, as<void>(out),
+                                     static_cast<Dtype>(dtype), threads);
+          } else if (of_queries) {
+            kernels.queries(problem, gradient, won, pairs, as<T>(out), threads);
+          } else {
+            kernels.documents(problem, gradient, won, pairs, as<void>(out), static_cast<Dtype>(dtype), threads);
+          }
         }, nogil);
 }
 
@@ -171,10 +251,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyelastic. Private: call pyelastic.ops instead.";
   m.def("isa", [] { return pyelastic::isa_name(pyelastic::isa()); });
   m.def("use_openmp", [](Pointer gomp_parallel) { pyelastic::use_openmp(as<void>(gomp_parallel)); });
-  bind_margin_softmax<float>(m, "_f32");
-  bind_margin_softmax<double>(m, "_f64");
   bind_fira<float>(m, "_f32");
   bind_fira<double>(m, "_f64");
+  bind_margin_softmax<float>(m, "_f32");
+  bind_margin_softmax<double>(m, "_f64");
+  bind_maxsim<float>(m, "_f32");
+  bind_maxsim<double>(m, "_f64");
 #ifdef PYELASTIC_HAVE_CUDA
   pyelastic::bind_cuda(m);
 #endif

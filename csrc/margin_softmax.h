@@ -115,8 +115,8 @@ extern const MarginSoftmaxKernels<double> margin_softmax_double;
 // type that enters the GEMMs: float, or half with unit rows, whose elements are below 1.
 //
 // Gradients travel scaled so that they fit a half: P_ij = kGradientScale G_ij / row_scale_i with
-// row_scale_i >= |G_ij|, chosen by the launcher. Then dE^_i = row_scale_i / kGradientScale sum_j P_ij w^_j, and
-// dW^_j takes rows of e^ that were multiplied by row_scale_i / max row_scale.
+// row_scale_i >= |G_ij|, a normal number chosen by the launcher. Then dE^_i = row_scale_i / kGradientScale
+// sum_j P_ij w^_j, and dW^_j takes rows of e^ that were multiplied by row_scale_i / max row_scale.
 namespace cuda {
 
 using Stream = void*;

@@ -55,6 +55,39 @@ def margin_softmax_project_f64(
     row_stride: int, col_stride: int, threads: int, /,
 ) -> None: ...
 
+# maxsim; contract: csrc/maxsim.h. Sides and problems as in csrc/bindings.cpp.
+_Side = tuple[int, int, int, int, int, int, int, int, int, int]
+_MaxSim = tuple[_Side, _Side, int, int, int, int, int, int, int, int, int, int, float, int, int]
+
+def maxsim_block_f32() -> int: ...
+def maxsim_pairs_f32() -> bool: ...
+def maxsim_norms_f32(x: _Side, prefixes: int, planes: int, inverse: int, threads: int, /) -> None: ...
+def maxsim_pack_f32(
+    q: _Side, dim: int, groups: int, blocks: int, n: int, packed: int, pairs: bool, threads: int, /,
+) -> None: ...
+def maxsim_forward_f32(
+    problem: _MaxSim, packed: int, pairs: bool, groups: int, blocks: int, n: int, weights: int, scores: int,
+    maxima: int, winners: int, narrow: bool, threads: int, /,
+) -> None: ...
+def maxsim_backward_f32(
+    problem: _MaxSim, of_queries: bool, scores: int, weights: int, per_token: int, winners: int, narrow: bool,
+    order: int, first: int, out: int, dtype: int, threads: int, /,
+) -> None: ...
+def maxsim_block_f64() -> int: ...
+def maxsim_pairs_f64() -> bool: ...
+def maxsim_norms_f64(x: _Side, prefixes: int, planes: int, inverse: int, threads: int, /) -> None: ...
+def maxsim_pack_f64(
+    q: _Side, dim: int, groups: int, blocks: int, n: int, packed: int, pairs: bool, threads: int, /,
+) -> None: ...
+def maxsim_forward_f64(
+    problem: _MaxSim, packed: int, pairs: bool, groups: int, blocks: int, n: int, weights: int, scores: int,
+    maxima: int, winners: int, narrow: bool, threads: int, /,
+) -> None: ...
+def maxsim_backward_f64(
+    problem: _MaxSim, of_queries: bool, scores: int, weights: int, per_token: int, winners: int, narrow: bool,
+    order: int, first: int, out: int, dtype: int, threads: int, /,
+) -> None: ...
+
 # The CUDA kernels, where they were built (tuples: csrc/bindings_cuda.cpp; contracts: the headers of csrc/).
 _Matrix = tuple[int, int, int, int, int, int, int]
 _Negatives = tuple[int, int, int, int, int, int, int, float, int]
@@ -94,3 +127,49 @@ def cuda_mma_gemm(
     a: int, lda: int, a_k_major: bool, b: int, ldb: int, b_k_major: bool, rows: int, columns: int, k: int, c:
     int, ldc: int, splits: int, add: bool, stream: int, /,
 ) -> None: ...
+
+# fira, one set per compute type. Contract: csrc/fira.h. problem: (vectors, dim, rank, left, beta1, beta2, eps, factor,
+# correction, a_r, a_n, a_s); moments: (m, v, dtype, m_scale, v_scale).
+_FiraProblem = tuple[int, int, int, bool, float, float, float, float, float, float, float, float]
+_FiraMoments = tuple[int, int, int, int, int]
+
+def fira_moments_f32(
+    problem: _FiraProblem, r: int, r_dtype: int, g: int, g_dtype: int, g_stride: int, moments: _FiraMoments,
+    squares: int, threads: int, /,
+) -> None: ...
+def fira_scales_f32(
+    problem: _FiraProblem, squares: int, gram: int, exact: int, before: float, gamma: float, collapse: bool,
+    per_matrix: bool, f: int, /,
+) -> tuple[float, float, float, float]: ...
+def fira_coefficients_f32(
+    problem: _FiraProblem, moments: _FiraMoments, f: int, r: int, r_dtype: int, threads: int, /,
+) -> None: ...
+def fira_apply_f32(
+    problem: _FiraProblem, t: int, t_dtype: int, f: int, g: int, g_stride: int, w: int, w_stride: int, w_dtype: int,
+    first: int, rows: int, size: float, keep: float, rounding: tuple[bool, int, int, int], threads: int, /,
+) -> None: ...
+def fira_moments_f64(
+    problem: _FiraProblem, r: int, r_dtype: int, g: int, g_dtype: int, g_stride: int, moments: _FiraMoments,
+    squares: int, threads: int, /,
+) -> None: ...
+def fira_scales_f64(
+    problem: _FiraProblem, squares: int, gram: int, exact: int, before: float, gamma: float, collapse: bool,
+    per_matrix: bool, f: int, /,
+) -> tuple[float, float, float, float]: ...
+def fira_coefficients_f64(
+    problem: _FiraProblem, moments: _FiraMoments, f: int, r: int, r_dtype: int, threads: int, /,
+) -> None: ...
+def fira_apply_f64(
+    problem: _FiraProblem, t: int, t_dtype: int, f: int, g: int, g_stride: int, w: int, w_stride: int, w_dtype: int,
+    first: int, rows: int, size: float, keep: float, rounding: tuple[bool, int, int, int], threads: int, /,
+) -> None: ...
+
+# fira's CUDA launchers: matrices of a group, what they share, the stream.
+_FiraMatrix = tuple[list[int], list[int], int, bool]
+_FiraShared = tuple[tuple[int, int, int, int, int], list[float], int, bool]
+
+def cuda_fira_project(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_moments(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_limiter(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_coefficients(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_apply(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...

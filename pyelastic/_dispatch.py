@@ -148,6 +148,18 @@ def unsupported_dtype(call: Any, supported: Sequence[torch.dtype]) -> str | None
     return f"{call.dtype_argument} is {got}; supported: {names}"
 
 
+def _why_not(entry: _Op, backend: Backend, call: Any) -> str | None:
+    """The backend's own sentence, or that it would break torch.use_deterministic_algorithms."""
+    reason = backend.why_not(call)
+    if reason is None and not backend.deterministic and torch.are_deterministic_algorithms_enabled():
+        others = [b.name for b in entry.backends.values() if b.deterministic and b.why_not(call) is None]
+        return (
+            "it is not deterministic and torch.use_deterministic_algorithms(True) is in force; "
+            f"deterministic here: {', '.join(others)}"
+        )
+    return reason
+
+
 def resolve(op: str, call: Any, backend: str = "auto") -> Backend:
     """The backend that runs ``call``.
 
@@ -157,7 +169,7 @@ def resolve(op: str, call: Any, backend: str = "auto") -> Backend:
     name = _requested(op, backend)
     if name != "auto":
         chosen = entry.backends[name]
-        reason = chosen.why_not(call)
+        reason = _why_not(entry, chosen, call)
         if reason is not None:
             double = reason.startswith(f"{call.dtype_argument} is float64")
             hint = f" or {call.dtype_argument}.float()" if double else ""
@@ -167,7 +179,7 @@ def resolve(op: str, call: Any, backend: str = "auto") -> Backend:
         return chosen
     reasons = []
     for candidate in entry.order(call):
-        reason = entry.backends[candidate].why_not(call)
+        reason = _why_not(entry, entry.backends[candidate], call)
         if reason is not None:
             reasons.append(f"{candidate}: {reason}")
             continue
@@ -193,5 +205,6 @@ def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
 
     if op not in _ops:
         raise ValueError(f"unknown op '{op}'; choose from {', '.join(_ops)}")
-    call = _ops[op].make_call(*args, **kwargs)
-    return {name: backend.why_not(call) for name, backend in _ops[op].backends.items()}
+    entry = _ops[op]
+    call = entry.make_call(*args, **kwargs)
+    return {name: _why_not(entry, backend, call) for name, backend in entry.backends.items()}

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -112,7 +113,26 @@ def cuda_why_not(device: str) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    built = str(build_metadata().get("cuda", "")).removeprefix("built for ")
+    if not _has_code(built.split(","), capability):
+        arch = f"{capability[0]}{capability[1]}"
+        cure = f"reinstall with PYELASTIC_CUDA_ARCHS={arch}"
+        return f"{device} is sm_{arch} and the CUDA kernels are built for {built}; {cure}"
     return None
+
+
+def _has_code(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for ``archs`` ("80", "90a") runs: machine code of the major version, or PTX of the newest."""
+    pairs = []
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)(\d)([af]?)", arch.strip())
+        if match is None:
+            return True  # the build said nothing: the first launch will
+        pairs.append(((int(match[1]), int(match[2])), match[3] == "a"))
+    ptx = max(pair for pair, _ in pairs)
+    return capability >= ptx or any(
+        capability == pair if exact else capability[0] == pair[0] and capability >= pair for pair, exact in pairs
+    )
 
 
 def load_cuda() -> tuple[Any, bool]:

@@ -110,6 +110,19 @@ def _through(theta: Tensor, phi: Tensor, grad: str) -> Tensor:
     return cosine + (phi - cosine).detach()
 
 
+def deal(values: Tensor, cos_target: Tensor, valid: Tensor, order: str) -> Tensor:
+    """ElasticFace+: deal the drawn margins to the valid rows by their cosine; ignored rows keep theirs."""
+    far = torch.where(valid, cos_target, -torch.inf)
+    by_cosine = torch.argsort(far, descending=True, stable=True)  # ignored rows last
+    ascending = torch.where(valid, values, torch.inf).sort().values  # and so are their margins
+    rank = torch.empty_like(by_cosine).scatter_(0, by_cosine, torch.arange(len(values), device=values.device))
+    if order == "official":
+        # The official code indexes with the sorting permutation instead of its inverse. Both count valid rows only.
+        position = valid.cumsum(0) - 1
+        rank = torch.where(valid, position[by_cosine[position.clamp(min=0)]], 0)
+    return torch.where(valid, ascending[rank.clamp(min=0)], values)
+
+
 @dataclass(frozen=True, eq=False)
 class NormFace(Margin):
     """No margin: ``phi = cos(theta)``."""

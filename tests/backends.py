@@ -42,6 +42,11 @@ def skip_unsupported(op: str, backend: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{op}: backend {backend} has no {dtype}")
 
 
+def widest(op: str, backend: str) -> torch.dtype:
+    """float64 where the backend has it, else float32: for tests of logic that no backend may be left out of."""
+    return torch.float64 if "float64" in _dispatch.registry()[op][backend].dtypes else torch.float32
+
+
 def half_operands(backend: str, *dtypes: torch.dtype) -> bool:
     """Whether a GPU backend multiplies in float16: where an input is 16-bit (docs/ops)."""
     return backend in ("cuda", "triton") and bool({torch.float16, torch.bfloat16} & set(dtypes))

@@ -9,7 +9,7 @@
 - every lane of every load, store and atomic must lie inside a tensor that is an argument of the launch;
 - races: within one launch no program may touch what another program writes, unless both do so by atomics; two lanes of
   one store may not put different values in one place;
-- programs run in a seeded random order.
+- grids are those that CUDA can launch; programs run in a seeded random order.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Race(CheckedError):
 
 
 class DeviceAssert(CheckedError):
+    pass
+
+
+class GridTooLarge(CheckedError):
     pass
 
 
@@ -287,6 +291,8 @@ def _assert(self: Any, condition: Any, message: str) -> None:
 
 
 def _set_grid_dim(self: Any, nx: int, ny: int, nz: int) -> None:
+    if nx >= 1 << 31 or max(ny, nz) > 65_535:
+        raise GridTooLarge(f"CUDA has no grid of {nx} x {ny} x {nz}")
     _launch.grid, _launch.sequence = (nx, ny, nz), list(range(nx * ny * nz))
     _order.shuffle(_launch.sequence)
     _original[BUILDER, "set_grid_dim"](self, nx, ny, nz)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -29,30 +30,41 @@ def triton_requests() -> dict[str, dict[str, Any]]:
     pointers = {f"p_{n}": "*fp32" for n in (*FLOATS, "acc")}
     pointers |= {f"p_{n}": "*i64" for n in ("index", "labels", "sorted", "order", "first")}
     sizes = dict.fromkeys(("B", "C", "D", "n", "first", "splits"), "i32")
-    strides = dict.fromkeys(("s_row", "s_out_row"), "i64")
+    strides = dict.fromkeys(("s_row", "s_out_row", "s_col", "s_out_col"), "i64")
     requests: dict[str, dict[str, Any]] = {}
-    for arch in compiled.ARCHS:
+    # The plain call, and the two that need most registers: columns apart, and all the ways of scattering rows at once.
+    plain = {"s_col": 1, "s_out_col": 1, "K": 1, "HAS_INDEX": False, "HARD": False}
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("", plain),
+        ("transposed ", {"s_row": 1, "s_out_row": 1, "K": 1, "HAS_INDEX": False, "HARD": False}),
+        ("scattered ", {"K": 3, "HAS_INDEX": True, "HARD": True}),
+    ]
+    for arch, (tag, way) in itertools.product(compiled.ARCHS, ways):
         table = kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if arch == 100 else kernels.MARGIN_SOFTMAX_CONFIGS
+        table = kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED if tag else table
         for (bits, width), (block_b, block_c, block_d, warps, stages) in table.items():
             operand = f"float{bits}"
             moved = {f"p_{n}": f"*fp{bits}" for n in ("e", "scaled", "p")}
-            constants = {"s_col": 1, "K": 1, "HAS_INDEX": False, "HARD": False, "OPERAND": operand,
-                         "BLOCK_B": block_b, "BLOCK_C": block_c, "BLOCK_D": block_d}  # fmt: skip
+            constants = {"OPERAND": operand, "BLOCK_B": block_b, "BLOCK_C": block_c, "BLOCK_D": block_d, **way}
             variants: dict[str, dict[str, Any]] = {
                 "forward": {"EXTRA": False},
                 "forward, all statistics": {"EXTRA": True, "HARD": True},
                 "gradient_tile": {"HARD": True},
             }
             if width:
-                variants = {"grad_e": {"WIDTH": width}, "grad_w": {"WIDTH": width, "s_out_col": 1}}
+                variants = {"grad_e": {"WIDTH": width}, "grad_w": {"WIDTH": width}}
             for name, extra in variants.items():
-                requests[f"triton {name} {operand}{f' D{width}' if width else ''} (sm_{arch})"] = {
-                    "kernel": f"{MODULE}:{name.split(',')[0]}",
+                kernel = name.split(",")[0]
+                known = getattr(kernels, kernel).arg_names
+                requests[f"triton {name} {tag}{operand}{f' D{width}' if width else ''} (sm_{arch})"] = {
+                    "kernel": f"{MODULE}:{kernel}",
                     "signature": {**pointers, **moved, **sizes, **strides, "scale": "fp32"},
-                    "constants": {**constants, **extra},
-                    "multiples_of_16": ["D", *strides],
+                    "constants": {k: v for k, v in (constants | extra).items() if k in known},
+                    "multiples_of_16": ["D"] if tag else ["D", "s_row", "s_out_row"],
                     "arch": arch, "warps": warps, "stages": stages,
                 }  # fmt: skip
+        if tag:
+            continue
         common = {"s_col": 1, "HAS_INDEX": False}
         for name, extra in (
             ("inverse_norms", {"BLOCK": 16, "BLOCK_D": 256}),
@@ -62,7 +74,7 @@ def triton_requests() -> dict[str, dict[str, Any]]:
                 "kernel": f"{MODULE}:{name}",
                 "signature": {**pointers, **sizes, **strides},
                 "constants": {**common, **extra},
-                "multiples_of_16": ["D", *strides],
+                "multiples_of_16": ["D", "s_row", "s_out_row"],
                 "arch": arch, "warps": 4, "stages": 3,
             }  # fmt: skip
     return requests

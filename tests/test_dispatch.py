@@ -1,9 +1,14 @@
 """The dispatcher: precedence, the error catalogue of design section 7, and that nothing is downgraded in silence."""
 
+import dataclasses
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import types
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +91,65 @@ def test_missing_module_shows_state_reason_and_cure(call, monkeypatch, status):
     assert pyelastic.backends(OP, *call)["cpu"] == text
     with pytest.raises(BackendError, match="the cure"):
         _extension.load()
+
+
+def test_a_module_that_does_not_load_is_broken_and_says_so(tmp_path):
+    """A real one: the package beside a file that is no module. The report still prints."""
+    package = Path(pyelastic.__file__).parent
+    ignored = shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "triton_kernels")
+    shutil.copytree(package, tmp_path / "pyelastic", ignore=ignored)
+    (tmp_path / "pyelastic" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no module")
+    code = "import torch, pyelastic; x = torch.ones(2, 3); y = torch.zeros(2).long(); "
+    code += f"assert pyelastic.__file__.startswith({str(tmp_path)!r}); "
+    code += "pyelastic.margin_softmax(x, x, y, backend='cpu')"
+    done = child(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "BackendError: margin_softmax: backend 'cpu' cannot run this call: " in done.stderr
+    assert "the compiled module is broken (ImportError: " in done.stderr
+    assert "pip install --force-reinstall" in done.stderr
+    report = child("from pyelastic import info; info.main([])", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert report.returncode == 0 and "'status': 'broken'" in report.stdout and "margin_softmax  cpu" in report.stdout
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80,90a,100", (8, 0), True),
+        ("80,90a,100", (8, 9), True),  # machine code of 8.0
+        ("80,90a,100", (9, 0), True),
+        ("80,90a,100", (12, 0), True),  # PTX of 10.0
+        ("90a", (8, 0), False),
+        ("90a", (10, 0), True),
+        ("80,100", (9, 0), False),
+        ("86", (8, 0), False),
+        ("not said", (9, 0), True),
+    ],
+)
+def test_missing_architecture_is_named_with_its_cure(monkeypatch, built, capability, runs):
+    module = types.SimpleNamespace(cuda_mma_gemm=None)
+    monkeypatch.setattr(_extension, "_emulator", None)
+    monkeypatch.setattr(_extension, "_loaded", (module, _extension.State("built")))
+    monkeypatch.setattr(_extension, "build_metadata", lambda: {"cuda": f"built for {built}"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    reason = _extension.cuda_why_not("cuda:0")
+    arch = f"{capability[0]}{capability[1]}"
+    assert (reason is None) == runs
+    assert runs or (f"cuda:0 is sm_{arch} and" in reason and f"PYELASTIC_CUDA_ARCHS={arch}" in reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5; the kernels need 8.0" in _extension.cuda_why_not("cuda:0")
+
+
+def test_nondeterministic_backend_is_refused_in_deterministic_mode(toy):
+    """The test suite runs in that mode: conftest.py."""
+    table = [make(name) for name in ("triton", "cpu", "eager")]
+    cuda = dataclasses.replace(make("cuda"), deterministic=False)
+    _dispatch.register(toy, cuda, *table, make_call=lambda call: call)
+    with pytest.raises(BackendError, match=r"'cuda' cannot.*it is not deterministic.*: triton, cpu, eager"):
+        _dispatch.resolve(toy, Call(), "cuda")
+    assert _dispatch.resolve(toy, Call(device="cuda")).name == "triton"
+    assert "not deterministic" in pyelastic.backends(toy, Call())["cuda"]
+    torch.use_deterministic_algorithms(False)  # the fixture of conftest.py puts it back
+    assert _dispatch.resolve(toy, Call(device="cuda")).name == "cuda"
 
 
 def test_not_implemented_shows_its_reason(toy):
@@ -172,9 +236,9 @@ def test_flags_are_validated(name):
     assert f"ValueError: {name} is 'yes'; expected 0 or 1" in done.stderr
 
 
-def child(code, **environment):
+def child(code, cwd=None, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}
     )
 
 

@@ -80,6 +80,12 @@ def test_lanes_of_one_store():
         kernels.one_place[(1,)](torch.zeros(1), BLOCK=8)
 
 
+@pytest.mark.parametrize("grid", [(1, 65_536), (1, 1, 65_536), (1 << 31,)])
+def test_grid_beyond_the_limits(grid):
+    with pytest.raises((checked.GridTooLarge, InterpreterError), match="CUDA has no grid of"):
+        kernels.chain[grid](torch.zeros(5))
+
+
 def test_int32_overflow_of_an_address():
     """Found on sixteen elements: no two gigabytes are needed."""
     x, y = torch.zeros(16), torch.zeros(16)

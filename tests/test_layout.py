@@ -40,18 +40,49 @@ def test_no_file_is_over_500_lines() -> None:
 
 
 def test_the_core_includes_no_torch_header() -> None:
-    sources = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu")]
+    sources = [path for path in ROOT.glob("csrc/**/*.*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
     lines = [line for path in sources for line in path.read_text().splitlines() if line.startswith("#include")]
     assert lines and not [line for line in lines if "torch" in line or "ATen" in line or "c10" in line]
 
 
-@pytest.mark.parametrize(("folder", "banned"), [("eager", "ops"), ("eager", "nn"), ("ops", "nn"), ("ops", "optim")])
-def test_imports_go_one_way(folder: str, banned: str) -> None:
-    for path in (ROOT / "pyelastic" / folder).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not [name for name in names if name.startswith(f"pyelastic.{banned}")], path
+def test_the_median_file_is_short() -> None:
+    code = [p for p in TRACKED if p.endswith((".py", ".cpp", ".h", ".cu", ".cuh"))]
+    lengths = sorted(len((ROOT / p).read_text().splitlines()) for p in code)
+    assert not code or lengths[len(lengths) // 2] <= 200
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports; ``from a import b`` gives a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+# Folder -> what nothing in it may import; the layers are named in the order in which they build on each other.
+LAYERED = ("triton_kernels", "pyelastic.eager", "pyelastic.ops", "pyelastic.nn", "benchmarks")
+BANNED = {folder: LAYERED[i + 1 :] for i, folder in enumerate(LAYERED)}
+BANNED["triton_kernels"] = ("pyelastic", "tests")
+BANNED["benchmarks"] = ("tests",)
+
+
+@pytest.mark.parametrize("folder", LAYERED)
+def test_imports_go_one_way(folder: str) -> None:
+    files = list((ROOT / folder.replace(".", "/")).glob("*.py"))
+    assert files
+    for path in files:
+        wrong = [n for n in imported(path) if any(f"{n}.".startswith(f"{b}.") for b in BANNED[folder])]
+        assert not wrong, (path, wrong)
+
+
+def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
+    for text in ("from pyelastic import ops", "import pyelastic.ops as x", "from pyelastic.ops.a import b"):
+        (tmp_path / "x.py").write_text(text)
+        assert any(f"{n}.".startswith("pyelastic.ops.") for n in imported(tmp_path / "x.py")), text
 
 
 def test_every_overload_names_its_backend() -> None:

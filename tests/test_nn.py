@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,70 @@ def test_compiles_to_one_graph() -> None:
     embeddings, labels = batch()
     head = nn.ArcFace(16, 30)
     torch.testing.assert_close(torch.compile(head, fullgraph=True)(embeddings, labels), head(embeddings, labels))
+
+
+OFFICIAL = {  # arguments after in_features and out_features, with their defaults, in the official order
+    "ArcFace": {"s": 64.0, "m": 0.50},
+    "CosFace": {"s": 64.0, "m": 0.35},
+    "ElasticArcFace": {"s": 64.0, "m": 0.50, "std": 0.0125, "plus": False},
+    "ElasticCosFace": {"s": 64.0, "m": 0.35, "std": 0.0125, "plus": False},
+    "AdaFace": {"m": 0.4, "h": 0.333, "s": 64.0, "t_alpha": 1.0},
+    "CurricularFace": {"m": 0.5, "s": 64.0},
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_arguments_are_those_of_the_official_class(name: str) -> None:
+    parameters = list(inspect.signature(getattr(nn, name)).parameters.values())[2:]
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == list(OFFICIAL[name].items())
+
+
+@pytest.mark.parametrize("name", ("AdaFace", "CurricularFace"))
+def test_official_state_with_buffers_loads(name: str) -> None:
+    """Theirs have shape [1]; AdaFace's t is read by nobody."""
+    buffers = {"t": torch.full((1,), 0.25)}
+    if name == "AdaFace":
+        buffers |= {"batch_mean": torch.full((1,), 7.0), "batch_std": torch.full((1,), 3.0)}
+    kernel = torch.randn(16, 30)
+    head = getattr(nn, name)(16, 30)
+    head.load_state_dict({"kernel": kernel, **buffers})
+    assert torch.equal(head.weight, kernel.t())
+    for key in head.state_dict().keys() & buffers.keys():
+        assert torch.equal(head.state_dict()[key], buffers[key][0])
+
+
+@pytest.mark.parametrize("head", (nn.AdaFace(16, 30, t_alpha=0.5), nn.CurricularFace(16, 30)), ids=type)
+def test_running_statistics_skip_a_batch_without_valid_rows(head) -> None:
+    embeddings, labels = batch()
+    head(embeddings, labels)
+    before = {name: value.clone() for name, value in head.named_buffers()}
+    head(embeddings, torch.full_like(labels, -100))
+    assert before and all(torch.equal(value, before[name]) for name, value in head.named_buffers())
+
+
+@pytest.mark.parametrize("head_class", HEADS, ids=lambda c: c.__name__)
+def test_wrong_inputs_are_refused_by_name(head_class) -> None:
+    """Also by the heads that look at the batch before the op does."""
+    embeddings, labels = batch()
+    head = head_class(16, 30)
+    for wrong, right, message in (
+        (embeddings[0], labels, r"embeddings is \[16\]; expected 2 dimensions"),
+        (embeddings[:, :5], labels, r"embeddings is \[12, 5\].*16\]"),
+        (embeddings, labels[:3], r"\[12, 16\].*\[3"),
+        (embeddings, labels.where(labels != labels[2], 99), r"labels\[\d\] is 99"),
+    ):
+        with pytest.raises(ValueError, match=f"margin_softmax: .*{message}"):
+            head(wrong, right)
+
+
+@pytest.mark.parametrize("name", ("AdaFace", "CurricularFace"))
+def test_heads_with_statistics_compile_to_one_graph(name: str) -> None:
+    embeddings, labels = batch()
+    plain, traced = (getattr(nn, name)(16, 30) for _ in range(2))
+    traced.load_state_dict(plain.state_dict())
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(embeddings, labels), plain(embeddings, labels))
+    for (key, value), other in zip(plain.named_buffers(), traced.buffers(), strict=True):
+        torch.testing.assert_close(other, value, msg=key)

@@ -1,6 +1,7 @@
 """What is installed: isolated build without torch, wheel contents, the state without a compiler."""
 
 import ast
+import json
 import os
 import platform
 import re
@@ -140,9 +141,12 @@ def test_no_compiler_is_an_error_where_the_extension_is_required(without_compile
     assert done.returncode != 0 and "PYELASTIC_REQUIRE_EXTENSION=1" in done.stderr
 
 
-def _setup_values(**environment):
-    """What setup.py makes of the environment: its functions run without the setup() at its end."""
-    code = f"__file__ = {str(SETUP)!r}\n" + SETUP.read_text().rsplit("\nsetup(", 1)[0] + "\nprint(cuda_archs(), jobs())"
+def _setup_values(memory=None, **environment):
+    """What setup.py makes of the environment (and of so many bytes of memory): its functions without setup()."""
+    code = "" if memory is None else f"import os; os.sysconf = {{'SC_PAGE_SIZE': 1, 'SC_PHYS_PAGES': {memory}}}.get\n"
+    code += "" if memory is None else "os.cpu_count = lambda: 64\n"
+    code += f"__file__ = {str(SETUP)!r}\n" + SETUP.read_text().rsplit("\nsetup(", 1)[0]
+    code += "\nprint(cuda_archs(), jobs())"
     clean = {"PYELASTIC_CUDA_ARCHS": "", "TORCH_CUDA_ARCH_LIST": "", "MAX_JOBS": ""}
     return _run([sys.executable, "-c", code], ROOT, **{**clean, **environment})
 
@@ -166,8 +170,39 @@ def test_wrong_environment_is_refused_by_name():
     assert done.returncode != 0 and "TORCH_CUDA_ARCH_LIST: Hopper is no architecture" in done.stderr
 
 
-def test_max_jobs_is_honoured():
+def test_max_jobs_and_memory_are_honoured():
     assert _setup_values(MAX_JOBS="3").stdout.split()[-1] == "3"
+    for gigabytes, jobs in ((1, "1"), (9, "2"), (24, "6"), (512, "8")):
+        assert _setup_values(memory=gigabytes << 30).stdout.split()[-1] == jobs
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PYELASTIC_CUDA": "MAYBE"}, "PYELASTIC_CUDA is 'MAYBE'; choose from AUTO, ON, OFF"),
+        ({"PYELASTIC_REQUIRE_EXTENSION": "yes"}, "PYELASTIC_REQUIRE_EXTENSION is 'yes'; expected 0 or 1"),
+        ({"CXX": "no-such-compiler -O1"}, "CXX is 'no-such-compiler', which is not there"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many'; expected a number"),
+        # Never a silent downgrade: CMake stops, and says which variable names the compiler.
+        ({"PYELASTIC_CUDA": "ON", "CUDACXX": "/no/such/nvcc"}, "CUDACXX"),
+    ],
+)
+def test_wrong_build_variables_are_errors(environment, message, source, tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "t", "--build-lib", tmp_path / "l"]
+    done = _run(command, source, **{"PYELASTIC_CUDA": "OFF", **environment})
+    assert done.returncode != 0 and message in done.stdout + done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("choice", ["OFF", "AUTO"])
+def test_cuda_off_and_auto_without_nvcc_say_so(choice, source, tmp_path):
+    import pybind11
+
+    options = [f"-DPYELASTIC_CUDA={choice}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = ["cmake", "-S", source, "-B", tmp_path, "-G", "Ninja", *options, f"-DPython_EXECUTABLE={sys.executable}"]
+    done = _run(command, source, CUDACXX="/no/such/nvcc")
+    assert done.returncode == 0, done.stderr
+    reason = {"OFF": "PYELASTIC_CUDA=OFF", "AUTO": "no CUDA compiler was found"}[choice]
+    assert json.loads((tmp_path / "_build.json").read_text())["cuda"] == f"not built: {reason}"
 
 
 def test_stub_names_what_the_module_has():

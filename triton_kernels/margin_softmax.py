@@ -31,6 +31,16 @@ MARGIN_SOFTMAX_CONFIGS = {
     (32, 256): (32, 32, 32, 8, 1),
 }
 MARGIN_SOFTMAX_CONFIGS_SM100 = MARGIN_SOFTMAX_CONFIGS | {(16, 512): (32, 32, 64, 8, 2)}
+# For sub-centres, sampled classes and a weight whose columns are apart: more addresses a tile, so smaller tiles.
+MARGIN_SOFTMAX_CONFIGS_SCATTERED = {
+    (16, 0): (64, 32, 32, 4, 2),
+    (16, 128): (32, 32, 32, 4, 2),
+    (16, 256): (32, 32, 64, 8, 1),
+    (16, 512): (32, 16, 64, 8, 1),
+    (32, 0): (32, 32, 16, 4, 1),
+    (32, 128): (16, 16, 16, 4, 1),
+    (32, 256): (16, 16, 32, 8, 1),
+}
 PARTIALS = 7  # max, sum, sum_sq, sum_z, sum_cos, rank, top
 
 
@@ -101,7 +111,7 @@ def _class_cosines(
     c = _cosines(p_e, p_w, p_inv, p_index, o_b, m_b, o_c, m_c, 0, D, K, s_row, s_col,
                  HAS_INDEX, OPERAND, BLOCK_B, BLOCK_C, BLOCK_D)  # fmt: skip
     winner = tl.zeros([BLOCK_B, BLOCK_C], tl.int32)
-    for k in tl.static_range(1, K):
+    for k in range(1, K):  # a loop also on the device: unrolled, the addresses of all sub-centres fill the registers
         other = _cosines(p_e, p_w, p_inv, p_index, o_b, m_b, o_c, m_c, k, D, K, s_row, s_col,
                          HAS_INDEX, OPERAND, BLOCK_B, BLOCK_C, BLOCK_D)  # fmt: skip
         closer = (other > c) | (other != other)
@@ -214,7 +224,7 @@ def grad_e(
         c, winner = _class_cosines(p_e, p_w, p_inv, p_index, o_b, m_b, o_c, m_c, D, s_row, s_col,
                                    K, HAS_INDEX, OPERAND, BLOCK_B, BLOCK_C, BLOCK_D)  # fmt: skip
         p = _gradient(c, o_b, m_b, o_c, m_c, p_labels, p_lse, p_factor, p_sum, p_threshold, p_map, scale, HARD, OPERAND)
-        for k in tl.static_range(K):
+        for k in range(K):
             o_r = o_c * K + k
             row = tl.load(p_index + o_r, mask=m_c, other=0) if HAS_INDEX else o_r
             b_w = _unit_rows(p_w, p_inv, row, o_r, m_c, o_w, m_w, s_row, s_col, OPERAND)

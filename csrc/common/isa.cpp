@@ -12,7 +12,7 @@ Isa detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
@@ -23,11 +23,11 @@ Isa choose() {
   const Isa best = detect();
   const char* wanted = std::getenv("PYELASTIC_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (const Isa candidate : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (const Isa candidate : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
     if (std::string(wanted) == isa_name(candidate)) return candidate < best ? candidate : best;
   }
   throw std::invalid_argument(std::string("PYELASTIC_CPU_ISA is '") + wanted +
-                              "'; choose from baseline, avx2, avx512");
+                              "'; choose from baseline, avx2, avx512, avx512bf16");
 }
 
 }  // namespace
@@ -39,6 +39,8 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -57,6 +59,25 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const voi
   }
   work(&job);
   for (std::thread& thread : pool) thread.join();
+}
+
+void* thread_scratch(std::size_t bytes) {
+  struct Scratch {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    ~Scratch() { std::free(data); }
+  };
+  thread_local Scratch scratch;
+  if (scratch.bytes < bytes) {
+    std::free(scratch.data);
+    scratch.data = nullptr;
+    scratch.bytes = 0;
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes) != 0) throw std::bad_alloc();
+    scratch.data = data;
+    scratch.bytes = bytes;
+  }
+  return scratch.data;
 }
 
 }  // namespace pyelastic

@@ -7,6 +7,7 @@
 // one (another OpenMP, macOS), std::thread is used.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace pyelastic {
@@ -29,5 +30,9 @@ inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, co
                  (*static_cast<const Body*>(context))(begin, end);
                });
 }
+
+// At least `bytes` of memory of this thread's own, on a 64-byte boundary. Kept for the next call; asking for more
+// loses what it held. Throws std::bad_alloc.
+void* thread_scratch(std::size_t bytes);
 
 }  // namespace pyelastic

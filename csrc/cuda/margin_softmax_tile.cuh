@@ -101,13 +101,14 @@ struct Gradient {
   __device__ Gradient(const Negatives& n, std::int64_t row, const float* lse_neg, const float* grad_lse,
                       const float* grad_sum, const float* row_scale)
       : rule(n, row), scale(n.scale), shift(lse_neg[row]) {
-    const float unit = row_scale[row];
+    const float inverse = 1.0f / row_scale[row];  // finite, as row_scale is normal
     sum = grad_sum != nullptr ? grad_sum[row] : 0.0f;
     factor = grad_lse[row] * n.scale;
     // An ignored row, and one whose loss has no upstream gradient, gives exactly zero.
     used = n.labels[row] >= 0 && !(factor == 0 && sum == 0);
-    factor *= kGradientScale / unit;
-    sum *= kGradientScale / unit;
+    // In this order: row_scale of a row that is sure of its class may be 1e-37, and 2^14 over it would overflow.
+    factor = factor * inverse * kGradientScale;
+    sum = sum * inverse * kGradientScale;
   }
   __device__ float operator()(float c) const {
     if (!used) return 0;

@@ -66,7 +66,8 @@ def target_angle(
 ) -> Tensor:
     """``theta`` [B] alone, by gathering the target rows: O(B D), for margins that need it beforehand."""
     dtype = statistics_dtype(embeddings)
-    rows = labels.clamp(min=0)
+    present = weight.shape[0] // subcenters if classes is None else classes.shape[0]
+    rows = labels.clamp(0, present - 1)  # a label out of range reads nothing foreign; the sweep makes its loss NaN
     rows = rows if classes is None else classes[rows]
     rows = rows[:, None] * subcenters + torch.arange(subcenters, device=rows.device)
     candidates = normalize(weight[rows], dtype)
@@ -89,8 +90,8 @@ def sweep(
     """Statistics of the negatives of each row; differentiable in ``theta``, ``lse_neg`` and ``sum_cos``.
 
     Args: ``embeddings`` [B, D]; ``weight`` [C * K, D], class-major sub-centres; ``labels`` [B] int64, -1 for an ignored
-    row, positions in ``classes`` [n] where that is given; ``threshold`` [B] and ``hard_map`` [3]: negatives with
-    ``c > threshold`` become ``a0 + a1 c + a2 c^2``; ``stats``: the optional statistics wanted.
+    row, positions in ``classes`` [n] where that is given, too large for NaN; ``threshold`` [B] and ``hard_map`` [3]:
+    negatives with ``c > threshold`` become ``a0 + a1 c + a2 c^2``; ``stats``: the optional statistics wanted.
     """
     dtype = statistics_dtype(embeddings)
     used = labels >= 0
@@ -98,7 +99,7 @@ def sweep(
     e_hat = normalize(torch.where(used[:, None], embeddings, 0.0), dtype)
     centres = weight.unflatten(0, (-1, subcenters))
     w_hat = normalize(centres if classes is None else centres[classes], dtype)
-    target = labels.clamp(min=0)
+    target = labels.clamp(0, w_hat.shape[0] - 1)
     rows = torch.arange(len(labels), device=labels.device)
     if subcenters == 1:
         cosines = e_hat @ w_hat[:, 0].t()
@@ -107,6 +108,7 @@ def sweep(
         cosines, closest = torch.einsum("bd,ckd->bck", e_hat, w_hat).max(-1)
         nearest = closest[rows, target]
     theta = torch.where(used, angle(e_hat, w_hat[target, nearest]), math.pi / 2)
+    theta = torch.where(labels < w_hat.shape[0], theta, math.nan)
     is_target = torch.zeros_like(cosines, dtype=torch.bool)
     is_target[rows, target] = True
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyelastic import margins
+from pyelastic import _errors, margins
 from pyelastic.eager.margin_softmax import statistics_dtype, target_angle
 from pyelastic.ops.margin_softmax import margin_softmax, sample_classes
 
@@ -56,6 +56,12 @@ class MarginSoftmax(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor, **options: Any) -> Any:
         """The loss, or ``(loss, MarginSoftmaxAux)`` with ``return_aux``."""
+        # Here as well as in the op, because running statistics are updated before it is called.
+        _errors.check_rank("margin_softmax", "embeddings", embeddings, 2, "[B, D]")
+        _errors.check_rank("margin_softmax", "labels", labels, 1, "[B]")
+        if embeddings.shape != (labels.shape[0], self.weight.shape[1]):
+            expected = [labels.shape[0], self.weight.shape[1]]
+            raise ValueError(f"margin_softmax: embeddings is {list(embeddings.shape)}; expected {expected}")
         options = {**self.options, **options}
         ignore_index = options.get("ignore_index", -100)
         if self.training and self.sample_rate < 1.0 and "classes" not in options:
@@ -246,10 +252,15 @@ class AdaFace(MarginSoftmax):
         if self.training:
             norms = torch.linalg.vector_norm(embeddings.to(statistics_dtype(embeddings)), dim=1)
             mean, std = margins.AdaFace.statistics(norms, labels != ignore_index)
-            self.batch_mean.lerp_(mean.to(self.batch_mean), self.t_alpha)
-            self.batch_std.lerp_(std.to(self.batch_std), self.t_alpha)
+            step = self.t_alpha * (labels != ignore_index).any()  # no valid row, no step
+            self.batch_mean.lerp_(mean.to(self.batch_mean), step.to(self.batch_mean))
+            self.batch_std.lerp_(std.to(self.batch_std), step.to(self.batch_std))
         # Copies: the buffers change in place while autograd may still hold these.
         return margins.AdaFace(self.m, self.h, norm_mean=self.batch_mean.clone(), norm_std=self.batch_std.clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(prefix + "t", None)  # a buffer of the official class that nothing reads
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class CurricularFace(MarginSoftmax):
@@ -257,7 +268,7 @@ class CurricularFace(MarginSoftmax):
 
     t: Tensor
 
-    def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.5, **options: Any) -> None:
+    def __init__(self, in_features: int, out_features: int, m: float = 0.5, s: float = 64.0, **options: Any) -> None:
         super().__init__(in_features, out_features, margins.CurricularFace(m), s, **options)
         self.m = m
         self.register_buffer("t", torch.zeros(()))
@@ -269,5 +280,5 @@ class CurricularFace(MarginSoftmax):
             targets = torch.where(valid, labels, 0)
             theta = target_angle(embeddings, self.weight, targets, None, self.subcenters)
             cosine = torch.where(valid, torch.cos(theta), 0.0).sum() / valid.sum().clamp(min=1)
-            self.t.lerp_(cosine.to(self.t), 0.01)
+            self.t.lerp_(cosine.to(self.t), 0.01 * valid.any().to(self.t))  # no valid row, no step
         return margins.CurricularFace(self.m, self.t.clone())

@@ -2,3 +2,4 @@
 
 from pyelastic.ops import fira as fira
 from pyelastic.ops import margin_softmax as margin_softmax
+from pyelastic.ops import maxsim as maxsim

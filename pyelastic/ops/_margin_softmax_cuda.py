@@ -1,10 +1,10 @@
 """Launcher of margin_softmax's CUDA kernels: allocate on the current stream, walk over chunks of classes, call.
 
 As the CPU's (same two sweeps), with operands of the GEMMs in float32 or float16. float16 operands, whose products
-are summed in float32, are used where an input is 16-bit, or where ``torch.set_float32_matmul_precision`` allows
-less than the highest: they have the mantissa of TF32. They go through our tensor-core kernels, which keep the cosines
-in registers; float32 operands through torch's GEMM. Nothing here synchronises, so a step can be captured in a CUDA
-graph. Contract of the kernels: csrc/margin_softmax.h.
+are summed in float32, are used where an input is 16-bit, or where ``torch.set_float32_matmul_precision`` (or
+``torch.backends.cuda.matmul.fp32_precision``) allows less than the highest: they have the mantissa of TF32. They go
+through our tensor-core kernels, which keep the cosines in registers; float32 operands through torch's GEMM. Nothing
+here synchronises, so a step can be captured in a CUDA graph. Contract of the kernels: csrc/margin_softmax.h.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ def half_operands(embeddings: Tensor, weight: Tensor) -> bool:
     """Whether the GEMMs take float16 operands."""
     if torch.float32 not in (embeddings.dtype, weight.dtype) or embeddings.dtype != weight.dtype:
         return True
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 the older question is an error once the newer setting has been used.
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision not in ("ieee", "none")
     return torch.get_float32_matmul_precision() != "highest"
 
 

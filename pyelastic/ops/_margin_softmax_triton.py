@@ -20,6 +20,7 @@ from pyelastic.ops._margin_softmax_cuda import GRADIENT_SCALE, OPERAND_SCALE, ha
 # Bytes of P for one chunk of classes, where the backward needs a GEMM: stays in L2. An estimate.
 CHUNK_BYTES = 16 << 20
 PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measured
+GRID_Y = 65_535  # CUDA's limit of the second and third extent of a grid
 FINISH_ELEMENTS = 8192  # of the accumulator of a program of finish_w; a power of 2
 
 
@@ -97,6 +98,8 @@ class _Problem:
         self.operand_type = tl.float16 if self.half else tl.float32
         newest = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (10, 0)
         self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if newest else self.kernels.MARGIN_SOFTMAX_CONFIGS
+        if subcenters > 1 or self.sampled or weight.stride(1) != 1:
+            self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED
         rows = self.count * subcenters
         self.kernels.inverse_norms[(self.cdiv(rows, 16),)](
             self.weight, self.index, self.w_inv, rows, self.dim, *self.weight.stride(), HAS_INDEX=self.sampled,
@@ -187,9 +190,14 @@ def forward(
         return finish(p.labels, p.count, torch.float32, stats, theta, maximum, sums, ranks, top.amax(0), best)
 
 
+def _half_gemm_gives_float32() -> bool:
+    """torch.mm(..., out_dtype=): since torch 2.8."""
+    return "dtype" in torch.ops.aten.mm.overloads()
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product with float32 sums; float16 operands stay such where torch can give a float32 result."""
-    if a.is_cuda and a.dtype == torch.float16:
+    if a.is_cuda and a.dtype == torch.float16 and _half_gemm_gives_float32():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -287,6 +295,11 @@ def _fused(
     return d_e.sum(0)
 
 
+def _chunk_classes(class_bytes: int, block_c: int) -> int:
+    """Classes in a chunk whose P takes ``class_bytes`` a class; their blocks are the second extent of a grid."""
+    return block_c * max(1, min(CHUNK_BYTES // class_bytes // block_c, GRID_Y))
+
+
 def _chunked(
     p: _Problem, state: tuple[Any, ...], row_scale: Tensor, along: Tensor, back: Tensor, position: Tensor,
     d_weight: Tensor, need_embeddings: bool, need_weight: bool,
@@ -294,7 +307,7 @@ def _chunked(
     """As ``_fused``, for a D whose accumulators do not fit the registers: P of one chunk of classes at a time."""
     scaled, factor, tangents, ordered = _finish_arguments(p, row_scale, along, back, position)
     block_b, block_c, constants = p.configure(0)
-    chunk = max(block_c, CHUNK_BYTES // (p.batch * p.k * p.operand.itemsize) // block_c * block_c)
+    chunk = _chunk_classes(p.batch * p.k * p.operand.itemsize, block_c)
     block = max(1, FINISH_ELEMENTS // p.width)
     sums = torch.zeros(p.batch, p.dim, device=p.device)
     for first in range(0, p.count, chunk):

@@ -31,7 +31,7 @@ from torch import Tensor
 from pyelastic import _dispatch, _errors, _extension, _library, _random
 from pyelastic.eager import margin_softmax as eager
 from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, Sweep, statistics_dtype
-from pyelastic.margins import ArcFace, Margin
+from pyelastic.margins import ArcFace, Margin, deal
 from pyelastic.ops import _margin_softmax_cpu as cpu
 from pyelastic.ops import _margin_softmax_cuda as cuda
 from pyelastic.ops import _margin_softmax_triton as triton
@@ -136,16 +136,15 @@ def margin_softmax(
     with torch.autocast(embeddings.device.type, enabled=False):
         dtype = statistics_dtype(embeddings)
         valid = labels != ignore_index
-        targets = labels.to(torch.int64)
-        if classes is not None:
-            targets = torch.searchsorted(classes, targets)
-        targets = torch.where(valid, targets, -1)
+        targets = _targets(labels, valid, weight.shape[0] // subcenters, classes)
         values = _margins(margin, margins, labels, dtype, training, seed, row_offset)
+        # Whatever an ignored row holds: a NaN would come back from the backward as 0 * NaN.
+        values = torch.where(valid, values, 0.0)
         norms = None
         if margin.needs_norms:
             # One cast for both paths: rounding each gradient to 16 bits before they are added would lose digits.
             embeddings = embeddings.to(dtype)
-            norms = torch.linalg.vector_norm(embeddings, dim=1)
+            norms = torch.linalg.vector_norm(torch.where(valid[:, None], embeddings, 0.0), dim=1)
 
         threshold = hard_map = None
         if margin.stresses_negatives:
@@ -159,7 +158,7 @@ def margin_softmax(
         swept: Sweep = chosen.run(*inputs, sparse_grad)
 
         if margin.order is not None and margins is None and training:
-            values = _deal(values, torch.cos(swept.theta.detach()), valid, margin.order)
+            values = deal(values, torch.cos(swept.theta.detach()), valid, margin.order)
         z = scale * margin.target(swept.theta, values, norms, valid)
         # logaddexp(x, 0) is softplus without F.softplus's linear branch; its gradient is sigmoid(x) exactly.
         nll = torch.logaddexp(swept.lse_neg - z, torch.zeros_like(z))
@@ -176,7 +175,7 @@ def margin_softmax(
             loss = loss if penalty is None else loss + penalty
         per_sample = torch.where(valid, loss, 0.0)
         if sample_weight is not None:
-            per_sample = torch.where(valid, per_sample * sample_weight, 0.0)
+            per_sample = torch.where(valid, per_sample * sample_weight.to(dtype), 0.0)
         result = per_sample
         if reduction != "none":
             result = per_sample.sum()
@@ -225,6 +224,9 @@ def _check(arguments: dict[str, Any]) -> frozenset[str]:
     _errors.check_floating(OP, "weight", w, DTYPES)
     if (e.dtype == torch.float64) != (w.dtype == torch.float64):
         raise TypeError(f"{OP}: embeddings is {e.dtype} and weight is {w.dtype}; float64 needs both")
+    for name in ("sample_weight", "margins"):
+        if name in given and given[name].is_complex():
+            raise TypeError(f"{OP}: {name} is {str(given[name].dtype).removeprefix('torch.')}; expected a real dtype")
     for name in ("labels", "classes"):
         tensor = arguments[name]
         allowed = (torch.int64, torch.int32) if name == "labels" else (torch.int64,)
@@ -240,6 +242,8 @@ def _check(arguments: dict[str, Any]) -> frozenset[str]:
         tensor = arguments[name]
         if tensor is not None and tensor.shape[0] != e.shape[0]:
             raise ValueError(f"{OP}: {name} is {list(tensor.shape)}; expected [{e.shape[0]}], one per embedding")
+    if "classes" in given and given["classes"].shape[0] == 0:
+        raise ValueError(f"{OP}: classes is [0]; expected at least one class")
     k = arguments["subcenters"]
     if k < 1 or w.shape[0] % k or w.shape[0] == 0:
         raise ValueError(f"{OP}: weight is {list(w.shape)}; expected C * {k} rows, C >= 1 classes of subcenters={k}")
@@ -277,7 +281,7 @@ def _check_labels(labels: Tensor, count: int, ignore_index: int, classes: Tensor
         )
     if classes is None:
         return
-    ordered = classes.numel() > 0 and bool((classes[1:] > classes[:-1]).all())
+    ordered = bool((classes[1:] > classes[:-1]).all())
     if not ordered or int(classes[0]) < 0 or int(classes[-1]) >= count:
         raise ValueError(f"{OP}: classes must be sorted, unique and in [0, {count})")
     missing = valid & ~torch.isin(labels, classes)
@@ -287,6 +291,20 @@ def _check_labels(labels: Tensor, count: int, ignore_index: int, classes: Tensor
 
 
 # --- the [B]-sized part ---------------------------------------------------------------------------------------
+
+
+def _targets(labels: Tensor, valid: Tensor, count: int, classes: Tensor | None) -> Tensor:
+    """Positions of the labels among the classes present [B]: -1 for an ignored row, their number for a wrong label.
+
+    Where labels were not checked (on a GPU, or traced), a wrong one must not pass for an ignored row or for a neighbour
+    in ``classes``: beyond the end, the kernels make its loss NaN.
+    """
+    targets = labels.to(torch.int64)
+    if classes is None:
+        return torch.where(valid, torch.where(targets < 0, count, targets), -1)
+    position = torch.searchsorted(classes, targets)
+    found = classes[position.clamp(max=classes.shape[0] - 1)] == targets
+    return torch.where(valid, torch.where(found, position, classes.shape[0]), -1)
 
 
 def _margins(
@@ -307,19 +325,6 @@ def _margins(
     seed = _random.fresh_seed() if seed is None else seed
     rows = torch.arange(labels.shape[0], device=labels.device) + row_offset
     return mean + (margin.spread * _random.normal(seed, rows)).to(dtype)
-
-
-def _deal(values: Tensor, cos_target: Tensor, valid: Tensor, order: str) -> Tensor:
-    """ElasticFace+: deal the drawn margins to the valid rows by their cosine (research: section 1.5)."""
-    far = torch.where(valid, cos_target, -torch.inf)
-    by_cosine = torch.argsort(far, descending=True, stable=True)  # ignored rows last
-    ascending = torch.where(valid, values, torch.inf).sort().values  # and so are their margins
-    rank = torch.empty_like(by_cosine).scatter_(0, by_cosine, torch.arange(len(values), device=values.device))
-    if order == "official":
-        # The official code indexes with the sorting permutation instead of its inverse. Both count valid rows only.
-        position = valid.cumsum(0) - 1
-        rank = torch.where(valid, position[by_cosine[position.clamp(min=0)]], 0)
-    return torch.where(valid, ascending[rank.clamp(min=0)], values)
 
 
 def _aux(
@@ -429,10 +434,11 @@ class _Sweep(torch.autograd.Function):
         *inputs, theta, lse_neg, best = ctx.saved_tensors
         weight, classes = inputs[1], inputs[3]
         need_e, need_w = ctx.needs_input_grad[2:4]
-        d_e, d_w = _Backward.apply(
-            ctx.backend, *inputs, ctx.scale, ctx.subcenters, theta, lse_neg, best, g_theta, g_lse,
-            g_sum if ctx.summed else None, need_e, need_w,
-        )  # fmt: skip
+        with torch.autocast(weight.device.type, enabled=False):  # also where backward is called under it
+            d_e, d_w = _Backward.apply(
+                ctx.backend, *inputs, ctx.scale, ctx.subcenters, theta, lse_neg, best, g_theta, g_lse,
+                g_sum if ctx.summed else None, need_e, need_w,
+            )  # fmt: skip
         if need_w and classes is not None:
             k = ctx.subcenters
             rows = (classes[:, None] * k + torch.arange(k, device=classes.device)).flatten()

@@ -189,8 +189,13 @@ def reference(
     turn = torch.where(hot & (embeddings.dtype != torch.float64), sine, 1.0)
     # Relative error of exp(z), as a multiple of that rounding.
     slope = slope * turn
-    kappa = 1 + scale * slope.abs().amax(1).clamp(min=1)
-    products = torch.einsum("bd,ckd->bck", e_hat.abs(), w_hat.abs()).amax(-1)
+    # Half operands: both factors in dE and dW are rounded. (Measured: cases above a bound that counts one of them
+    # were, to the bit, what float64 makes of operands rounded to float16.) In a cosine, over D terms, they average out.
+    kappa = (2 if half else 1) + scale * slope.abs().amax(1).clamp(min=1)
+    absolute = torch.einsum("bd,ckd->bck", e_hat.abs(), w_hat.abs())
+    products = absolute.amax(-1)
+    # What the projection subtracts is a sum over D, whose operands half rounds before they cancel to a cosine.
+    radius = absolute if half else every.abs()
     A_rows = (per_row[0] * z).abs().sum(1) + rows.abs()
     A_rows = A_rows + (per_row[1].abs() * turn * products).sum(1)
     uniform = scale * label_smoothing / max(c.shape[1], 1)
@@ -198,7 +203,7 @@ def reference(
     extra = (uniform + scale * (HALF_FLUSHED if half else FLUSHED)) * g.abs().reshape(-1, 1, 1) / share
     size = (kappa * valid)[:, None, None] * (G.abs() + extra)
     length = torch.where(norms <= ZERO_NORM, 1.0, norms)[:, None]
-    spent = torch.einsum("bck,bck->b", size, every.abs())[:, None]
+    spent = torch.einsum("bck,bck->b", size, radius)[:, None]
     A_e = torch.einsum("bck,ckd->bd", size, w_hat.abs()) + e_hat.abs() * spent
     A_e = A_e / length + e_hat.abs() * (kappa * radial.abs())[:, None]
     # The tangents at the target divide by sin(theta), which one rounding of theta moves by 1 / sin.
@@ -209,7 +214,7 @@ def reference(
     A_e = A_e + torch.einsum("bk,bkd->bd", per, (w_y - cos_y * e_hat[:, None]).abs()) / length
     size = torch.where(every == every.amax(-1, keepdim=True), size, 0.0)
     A_w = torch.einsum("bck,bd->ckd", size, e_hat.abs())
-    A_w = A_w + w_hat.abs() * torch.einsum("bck,bck->ck", size, every.abs())[..., None]
+    A_w = A_w + w_hat.abs() * torch.einsum("bck,bck->ck", size, radius)[..., None]
     A_w = A_w.index_add(0, ids, per[..., None] * (e_hat[:, None] - cos_y * w_y).abs())
     A_w = A_w / w_norm.where(w_norm > ZERO_NORM, 1.0)[..., None]
     A_full = torch.zeros_like(full).unflatten(0, (-1, subcenters))

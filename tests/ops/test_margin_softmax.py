@@ -15,6 +15,7 @@ import torch
 from margin_softmax_cases import (
     BACKENDS,
     DTYPES,
+    OP,
     VARIANTS,
     Case,
     accuracy,
@@ -202,7 +203,7 @@ def test_shape(backend: str, batch: int, classes: int, dim: int, dtype: torch.dt
 @pytest.mark.parametrize("plus", ("rank", "official"))
 @pytest.mark.parametrize("family", (M.ElasticArcFace, M.ElasticCosFace))
 def test_plus_deals_the_margins(backend: str, plus: str, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make(dtype=torch.float64)
+    case = make(dtype=backends.widest(OP, backend))
     drawn = torch.linspace(0.6, 0.2, 13, dtype=torch.float64)
     drawn = drawn[torch.randperm(13, generator=torch.Generator().manual_seed(3))]
     fixed = reference(case.embeddings, case.weight, case.labels, M.NormFace())
@@ -214,12 +215,13 @@ def test_plus_deals_the_margins(backend: str, plus: str, family: Any, monkeypatc
     monkeypatch.setattr(_random, "normal", lambda seed, rows: drawn.to(rows.device))
     compare(backend, case, margin, truth=truth)
     (_, aux), *_ = call(backend, case, margin, return_aux=True)
-    assert torch.equal(aux.margin.cpu(), dealt)
+    dtype = aux.margin.dtype
+    assert torch.equal(aux.margin.cpu(), dealt.to(dtype))
     # Margins passed in are final, and evaluation deals nothing.
     (_, aux), *_ = call(backend, case, margin, margins=drawn, return_aux=True)
-    assert torch.equal(aux.margin.cpu(), drawn)
+    assert torch.equal(aux.margin.cpu(), drawn.to(dtype))
     (_, aux), *_ = call(backend, case, margin, training=False, return_aux=True)
-    assert torch.equal(aux.margin.cpu(), torch.zeros_like(drawn))
+    assert torch.equal(aux.margin.cpu(), torch.zeros_like(drawn, dtype=dtype))
 
 
 def test_plus_by_hand() -> None:

@@ -1,5 +1,7 @@
 """What only the CUDA launcher has: float16 operands by choice, chunks, and kernels whose order must not matter."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +25,26 @@ DEVICE = backends.device_of("cuda")
 @pytest.fixture
 def high_precision() -> Iterator[None]:
     """Let float32 GEMMs use 16-bit operands for the length of a test."""
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since torch 2.9")
+@pytest.mark.parametrize(("precision", "half"), [("tf32", True), ("ieee", False)])
+@pytest.mark.parametrize("where", ("matmul", "everywhere"))
+def test_the_newer_setting_of_the_precision(precision: str, half: bool, where: str) -> None:
+    """In a process of its own: once it is used, torch.get_float32_matmul_precision raises."""
+    code = f"""if True:
+        import torch
+        from pyelastic.ops._margin_softmax_cuda import half_operands
+        x = torch.zeros(1)
+        assert not half_operands(x, x)
+        owner = torch.backends.cuda.matmul if {where!r} == "matmul" else torch.backends
+        owner.fp32_precision = {precision!r}
+        assert half_operands(x, x) == {half}"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

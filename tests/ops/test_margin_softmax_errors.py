@@ -34,6 +34,9 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half double": ({"weight": torch.ones(5, 3).double()}, TypeError, r"float32.*float64"),
     "sample_weight": ({"sample_weight": torch.ones(5)}, ValueError, r"sample_weight.*\[5\].*\[4\]"),
     "margins": ({"margins": torch.ones(5)}, ValueError, r"margins.*\[5\].*\[4\]"),
+    "complex margins": ({"margins": torch.ones(4).cfloat()}, TypeError, r"margins is complex64"),
+    "complex sample_weight": ({"sample_weight": torch.ones(4).cfloat()}, TypeError, r"sample_weight is complex64"),
+    "empty classes": ({"classes": torch.ones(0).long()}, ValueError, r"classes is \[0\]; expected at least one"),
     "magface margins": (
         {"margins": torch.ones(4), "margin": M.MagFace()}, ValueError, r"MagFace.*margins"
     ),

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import pyelastic
+from pyelastic import _dispatch
 from pyelastic import margins as M
 
 KERNELS = [b for b in BACKENDS if b != "eager"]
@@ -180,61 +181,115 @@ def test_thread_count_does_not_change_a_bit(
 @over_kernels
 def test_more_than_one_chunk_of_classes(backend: str) -> None:
     """Enough classes that the kernel walks over several tiles, the last one ragged."""
-    compare(backend, make(40, 40_009, 12), M.ArcFace())
-    compare(backend, make(40, 13_003, 12, subcenters=3), M.CurricularFace(t=0.1), subcenters=3)
+    share = 16 if backend == "triton" else 1  # whose tiles are small, and whose interpreter is slow
+    compare(backend, make(40, 40_009 // share, 12), M.ArcFace())
+    compare(backend, make(40, 13_003 // share, 12, subcenters=3), M.CurricularFace(t=0.1), subcenters=3)
 
 
 @over_backends
 def test_rows_do_not_see_each_other(backend: str) -> None:
     """Any split of the batch gives the same rows; permuting classes permutes nothing but dW."""
-    case = make(20, 50, 16, dtype=torch.float64)
+    dtype = backends.widest(OP, backend)
+    case = make(20, 50, 16, dtype=dtype)
+    near = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
     whole = call(backend, case, M.ArcFace(), reduction="none")[0]
     parts = [
         call(backend, Case(case.embeddings[a:b], case.weight, case.labels[a:b]), M.ArcFace(),
              reduction="none")[0]
         for a, b in ((0, 1), (1, 8), (8, 20))
     ]  # fmt: skip
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(torch.cat(parts), whole, **near)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(50))
     moved = Case(case.embeddings, case.weight[order], place[case.labels])
     shuffled, _, w2 = call(backend, moved, M.ArcFace(), reduction="none")
-    torch.testing.assert_close(shuffled, whole, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(shuffled, whole, **near)
     (loss, _, w), (loss2, _, w2) = (call(backend, c, M.ArcFace()) for c in (case, moved))
     loss.backward()
     loss2.backward()
-    torch.testing.assert_close(w2.grad, w.grad[order.to(w.device)], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(w2.grad, w.grad[order.to(w.device)], **near)
 
 
 def test_backends_agree_on_all_layout_pairs_of_float64() -> None:
     """A direct comparison, free of the reference and its bound."""
+    able = [b for b in BACKENDS if "float64" in _dispatch.registry()[OP][b].dtypes]
+    assert {"eager", "cpu"} <= set(able)
     for e, w in itertools.product(KINDS, KINDS):
         case = make(6, 9, 5, dtype=torch.float64)
         laid = Case(lay(case.embeddings, e), lay(case.weight, w), case.labels)
         got = {}
-        for backend in BACKENDS:
+        for backend in able:
             loss, x, z = call(backend, laid, M.CosFace())
             loss.backward()
             got[backend] = (loss.detach().cpu(), x.grad.cpu(), z.grad.cpu())
-        for backend in KERNELS:
+        for backend in able:
             for a, b in zip(got[backend], got["eager"], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("apart", ("rows", "columns"))
+def test_addresses_beyond_2_to_the_31(backend: str, apart: str) -> None:
+    """Elements 2^29 apart, five of them: an offset in int32 would leave the storage, or read a wrong row."""
+    small = make(4, 5, 5, dtype=torch.float16)
+    case = Case(small.embeddings, small.weight, small.labels)
+    far = (1 << 29) + 8
+    storage = torch.UntypedStorage(2 * (5 * far + 5), device=backends.device_of(backend))  # committed as it is touched
+    strides = (far, 1) if apart == "rows" else (1, far)
+    case.weight = torch.empty(0, dtype=torch.float16, device=storage.device).set_(storage, 0, (5, 5), strides)
+    case.weight.copy_(small.weight)
+    for a, b in zip(bits(backend, small), bits(backend, case), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("variant", ("ArcFace-none", "MagFace", "Curricular"))
+@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}), ids=str)
+def test_saves_vectors_besides_the_inputs(backend: str, variant: str, options: dict[str, Any]) -> None:
+    """O(B) between forward and backward: nothing of B x C, and nothing of B x D but a cast that the norms need."""
+    case = make(24, 400, 200)
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss, e, w = call(backend, case, VARIANTS[variant], **options)
+    for x in (e, w):
+        sizes.pop(x.untyped_storage().data_ptr(), None)
+    rows = 24 * 200 * (2 if VARIANTS[variant].needs_norms else 0)  # ignored rows set to zero, and where
+    assert loss.requires_grad and sum(sizes.values()) <= rows + 60 * 24
 
 
 SIZE = st.sampled_from([1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65]) | st.integers(1, 70)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("eager", "cpu")])
 @settings(max_examples=60)
 @given(data=st.data())
 def test_fuzz(backend: str, data: st.DataObject) -> None:
+    fuzz(backend, data.draw)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cuda", "triton")])
+@settings(max_examples=25)  # emulated and interpreted
+@given(data=st.data())
+def test_fuzz_of_gpu_backends(backend: str, data: st.DataObject) -> None:
+    fuzz(backend, data.draw)
+
+
+def fuzz(backend: str, draw: Any) -> None:
     """Any shape, dtype pair, layout, label pattern and combination of options against the truth."""
-    draw = data.draw
     batch, classes = draw(st.integers(0, 9) | SIZE), draw(SIZE)
     dim = draw(SIZE.filter(lambda d: d > 1))  # in one dimension every |cos| is 1
     k = draw(st.sampled_from([1, 1, 1, 2, 3]))
     half = (torch.float32, torch.bfloat16, torch.float16)
-    e_dtype, w_dtype = draw(st.sampled_from([(torch.float64,) * 2, *itertools.product(half, half)]))
+    double = [(torch.float64,) * 2] if backends.widest(OP, backend) == torch.float64 else []
+    e_dtype, w_dtype = draw(st.sampled_from([*double, *itertools.product(half, half)]))
+    rounded = backends.half_operands(backend, e_dtype, w_dtype)
+    if rounded:
+        k = 1  # float16 may choose another sub-centre, by which results jump
     case = make(batch, classes, dim, seed=draw(st.integers(0, 99)), subcenters=k)
     case.embeddings = lay(case.embeddings.to(e_dtype), draw(st.sampled_from(KINDS)))
     case.weight = lay(case.weight.to(w_dtype), draw(st.sampled_from(KINDS[:4])))
@@ -244,7 +299,8 @@ def test_fuzz(backend: str, data: st.DataObject) -> None:
         "ignore_index": -1,
         "subcenters": k,
         "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
-        "scale": draw(st.sampled_from([1.0, 16.0, 64.0, 128.0])),
+        # One rounding of a logit moves a whole row: with few rows and a large scale an RMS is no mean of many errors.
+        "scale": draw(st.sampled_from([1.0, 4.0] if rounded else [1.0, 16.0, 64.0, 128.0])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1])),
         "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-3])),
     }

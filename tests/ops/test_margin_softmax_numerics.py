@@ -155,6 +155,23 @@ def test_confident_rows_keep_their_loss(backend: str) -> None:
 
 
 @over_backends
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("scale", (40.0, 42.0, 50.0, 64.0))
+def test_a_sure_row_does_not_spoil_the_others(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """Its gradient is 1e-33 down to 0: on the way to a scaled half precision nothing may overflow."""
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.01]], dtype=dtype)
+    e = torch.tensor([[2.0, 0.0], [0.5, 1.0]], dtype=dtype)
+    case = Case(e, weight, torch.tensor([0, 0]))
+    for alone in (False, True):
+        case = Case(e[:1], weight, torch.tensor([0])) if alone else case
+        loss, x, w = call(backend, case, M.NormFace(), scale=scale, label_smoothing=0.0)
+        loss.backward()
+        assert bool(x.grad.isfinite().all()) and bool(w.grad.isfinite().all())
+        if not alone and dtype == torch.float32:
+            compare(backend, case, M.NormFace(), scale=scale)
+
+
+@over_backends
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
 def test_nonfinite_rows_stay_in_their_row(backend: str, poison: float) -> None:
     case = make()

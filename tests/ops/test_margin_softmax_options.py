@@ -7,9 +7,10 @@ import oracle
 import pytest
 import torch
 from layouts import pairwise
-from margin_softmax_cases import call, compare, make, over_backends, weighted_upstream
+from margin_softmax_cases import BACKENDS, OP, call, compare, make, over_backends, weighted_upstream
 from margin_softmax_reference import reference
 
+from pyelastic import _dispatch
 from pyelastic import margins as M
 from pyelastic.ops.margin_softmax import sample_classes
 
@@ -38,8 +39,24 @@ def test_ignored_rows_of_adaptive_margins(backend: str, variant: M.Margin) -> No
     """Batch statistics come from the valid rows alone."""
     case = make()
     case.labels[[1, 7]] = -1
-    case.embeddings[7] = 1e4
+    case.embeddings[1], case.embeddings[7] = torch.nan, 1e4
     compare(backend, case, variant, ignore_index=-1)
+
+
+@over_backends
+def test_vectors_of_ignored_rows_do_not_matter(backend: str) -> None:
+    """NaN margins and weights of ignored rows reach neither loss nor gradients: 0 * NaN is NaN in a backward."""
+    case = make()
+    case.labels[[1, 7]] = -100
+    results = []
+    for filler in (1.0, torch.nan):
+        given = torch.linspace(0.1, 0.6, 13)
+        given[[1, 7]] = filler
+        loss, e, w = call(backend, case, ARC, margins=given, sample_weight=given)
+        loss.backward()
+        results.append((loss.detach(), e.grad, w.grad))
+    for clean, dirty in zip(*results, strict=True):
+        assert bool(clean.isfinite().all()) and torch.equal(clean, dirty)
 
 
 @over_backends
@@ -49,15 +66,15 @@ def test_elastic_plus_skips_ignored_rows(backend: str, monkeypatch: pytest.Monke
 
     drawn = torch.linspace(0.9, 0.1, 13, dtype=torch.float64)
     keep = torch.tensor([i not in (2, 3, 9) for i in range(13)])
-    case = make(dtype=torch.float64)
+    case = make(dtype=backends.widest(OP, backend))
     for plus in ("rank", "official"):
         margin = M.ElasticArcFace(m=0.0, sigma=1.0, plus=plus)
-        short = make(dtype=torch.float64)
+        short = make(dtype=backends.widest(OP, backend))
         short.embeddings, short.labels = case.embeddings[keep], case.labels[keep]
         monkeypatch.setattr(_random, "normal", lambda seed, rows: drawn[keep].to(rows.device))
         (_, want), *_ = call(backend, short, margin, return_aux=True)
         monkeypatch.setattr(_random, "normal", lambda seed, rows: drawn.to(rows.device))
-        long = make(dtype=torch.float64)
+        long = make(dtype=backends.widest(OP, backend))
         long.labels[~keep] = -100
         (_, got), *_ = call(backend, long, margin, return_aux=True)
         assert torch.equal(got.margin[keep], want.margin)
@@ -89,6 +106,32 @@ def test_sample_weight(backend: str, reduction: str) -> None:
     weight = torch.linspace(0.0, 3.0, 13)
     up = weighted_upstream(case) if reduction == "none" else None
     compare(backend, case, ARC, reduction=reduction, sample_weight=weight, upstream=up)
+    loss, *_ = call(backend, case, ARC, reduction=reduction, sample_weight=weight)
+    wide, *_ = call(backend, case, ARC, reduction=reduction, sample_weight=weight.double())
+    assert wide.dtype == torch.float32 and torch.equal(wide, loss)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])  # whose launcher raises
+@pytest.mark.parametrize("margin", (ARC, M.CurricularFace(t=0.3)))
+@pytest.mark.parametrize("label", (-7, 37, 1 << 40, 36))
+@pytest.mark.parametrize("sampled", (False, True))
+def test_labels_that_nobody_checked(
+    backend: str, margin: M.Margin, label: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where reading them would synchronise: the row's loss is NaN and the others are what they were."""
+    case = make()
+    case.labels %= 36
+    classes = torch.arange(36) if sampled else None
+    if label == 36 and not sampled:
+        return  # a right label
+    want, *_ = call(backend, case, margin, reduction="none", classes=classes)
+    case.labels[4] = label
+    monkeypatch.setattr(_dispatch, "may_read", lambda device: False)
+    got, e, _ = call(backend, case, margin, reduction="none", classes=classes)
+    keep = torch.arange(13) != 4
+    assert bool(got[4].isnan()) and torch.equal(got[keep], want[keep])
+    got[keep].sum().backward()
+    assert bool(e.grad[keep].isfinite().all())
 
 
 @over_backends

@@ -40,6 +40,13 @@ def test_philox_everywhere() -> None:
             assert tuple(int(w[i]) for w in as_tensor) == want
 
 
+@pytest.mark.parametrize("counters", (torch.arange(5), torch.arange(6).view(2, 3).mT, torch.zeros(0).long()))
+def test_opcheck_of_philox(counters: torch.Tensor) -> None:
+    """Schema, fake kernel and AOT dispatch, as of every raw op."""
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(_random._op, (torch.tensor(7), counters), test_utils=tests)
+
+
 def test_normal_is_normal() -> None:
     """Moments and tails of 200 000 draws, each within five standard errors."""
     n = 200_000

@@ -27,18 +27,39 @@ def check(dtype: torch.dtype, options: dict[str, Any], dim: int = 20) -> None:
     compare("triton", case, margin, **options)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_wider_than_the_fused_kernels(
-    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """P of a chunk and a GEMM, in several chunks; the narrow limit stands in for D > 512."""
-    table = launcher._kernels().MARGIN_SOFTMAX_CONFIGS
-    narrow = {key: value for key, value in table.items() if key[1] == 0}
-    monkeypatch.setattr(launcher._kernels(), "MARGIN_SOFTMAX_CONFIGS", narrow)
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P of a chunk and a GEMM, in several chunks; a limit of 0 stands in for D > 512."""
+    for name in ("MARGIN_SOFTMAX_CONFIGS", "MARGIN_SOFTMAX_CONFIGS_SCATTERED"):
+        table = getattr(launcher._kernels(), name)
+        monkeypatch.setattr(launcher._kernels(), name, {key: value for key, value in table.items() if key[1] == 0})
     monkeypatch.setattr(launcher, "CHUNK_BYTES", 1)
     monkeypatch.setattr(launcher, "FINISH_ELEMENTS", 128)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_wider_than_the_fused_kernels(dtype: torch.dtype, options: dict[str, Any], narrow: None) -> None:
     check(dtype, options)
+
+
+def test_a_backward_called_under_autocast_keeps_its_precision(narrow: None) -> None:
+    """Autocast would take the GEMMs of the backward to bfloat16."""
+    gradients = []
+    for enabled in (False, True):
+        loss, e, w = call("triton", make(20, 150, 20), M.ArcFace())
+        with torch.autocast(loss.device.type, torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append((e.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_chunks_stay_within_a_grid() -> None:
+    """One row needs few bytes a class: the blocks of a chunk would pass CUDA's limit of 65,535."""
+    for class_bytes in (2, 4, 6, 2048, 1 << 30):
+        chunk = launcher._chunk_classes(class_bytes, 64)
+        assert chunk % 64 == 0 and 1 <= chunk // 64 <= 65_535
+        assert chunk == 64 or chunk * class_bytes <= launcher.CHUNK_BYTES
 
 
 def test_a_row_really_that_wide() -> None:
@@ -46,8 +67,9 @@ def test_a_row_really_that_wide() -> None:
 
 
 @pytest.mark.parametrize("dim", (130, 260, 512))
-def test_each_configuration(dim: int) -> None:
-    check(torch.float16, {}, dim)
+@pytest.mark.parametrize("options", ({}, {"subcenters": 2}), ids=str)
+def test_each_configuration(dim: int, options: dict[str, Any]) -> None:
+    check(torch.float16, options, dim)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
