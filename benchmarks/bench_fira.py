@@ -201,30 +201,30 @@ def variants(case: Case, device: str) -> dict[str, Variant]:
         return _keeping(lambda p: Fira(_group(p, rank, alpha=ALPHA), **keys))
 
     backends = ("cuda", "triton", "eager") if device == "cuda" else ("cpu", "eager")
-    found = {f"pyelastic {name}": Variant(ours(name), limit, fira_truth) for name in backends}
+    found = {f"pyelastic {name}": Variant(ours(name), limit, truth=fira_truth) for name in backends}
     found[f"pyelastic {backends[0]}, GaLore mode"] = Variant(
-        ours(backends[0], mode="galore"), limit, partial(_truth, rank, "galore")
+        ours(backends[0], mode="galore"), limit, truth=partial(_truth, rank, "galore")
     )
-    found["eager, compiled"] = Variant(_compiled(rank), limit, fira_truth)
+    found["eager, compiled"] = Variant(_compiled(rank), limit, truth=fira_truth)
     if official := _peer("fira", "FiraAdamW"):
         found["fira (published)"] = Variant(
             _keeping(lambda p: official(_group(p, rank, alpha=ALPHA), lr=LR, no_deprecation_warning=True)), limit,
-            fira_truth,
+            truth=fira_truth,
         )  # fmt: skip
     if other := _peer("pytorch_optimizer", "Fira"):
         keys = {"scale": ALPHA, "projection_type": "std"}
         found["pytorch_optimizer Fira"] = Variant(
-            _keeping(lambda p: other(_group(p, rank, **keys), lr=LR, eps=1e-6)), limit, fira_truth
+            _keeping(lambda p: other(_group(p, rank, **keys), lr=LR, eps=1e-6)), limit, truth=fira_truth
         )
     if galore := _peer("galore_torch", "GaLoreAdamW"):
         found["galore-torch"] = Variant(
             _keeping(lambda p: galore(_group(p, rank, scale=ALPHA), lr=LR, no_deprecation_warning=True)), limit,
-            partial(_truth, rank, "galore"),
+            truth=partial(_truth, rank, "galore"),
         )  # fmt: skip
     for name in ("fused", "foreach"):
         adam = partial(torch.optim.AdamW, lr=LR, eps=1e-8, weight_decay=0.0, **{name: True})
         found[f"torch AdamW {name}"] = Variant(
-            _keeping(lambda p, adam=adam: adam([p])), limit, partial(_adam_truth, 1e-8)
+            _keeping(lambda p, adam=adam: adam([p])), limit, truth=partial(_adam_truth, 1e-8)
         )
     return found
 
