@@ -99,6 +99,10 @@ class Fira(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_stagger", "_max_grad_norm", "_seed", "_backend", "_adaptive_gap")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
     # --- groups ---------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,7 +206,7 @@ class Fira(torch.optim.Optimizer):
         fira(
             targets, [g for _, _, g in entries], [_as_state(s) for s in states],
             left=[bool(s["left"]) for s in states], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], alpha=group["alpha"], mode=group["mode"], gamma=group["gamma"],
+            weight_decay=group["weight_decay"], alpha=self._alpha(group), mode=group["mode"], gamma=group["gamma"],
             correct_bias=group["correct_bias"], maximize=group["maximize"], per_matrix=group["per_matrix"],
             collapse=group["collapse"],
             stochastic=group["weight_rounding"] == "stochastic" and targets[0].dtype == torch.bfloat16,
@@ -212,6 +216,9 @@ class Fira(torch.optim.Optimizer):
         for (p, w, _), target in zip(entries, targets, strict=True):
             if target.data_ptr() != p.data_ptr():  # a layout without a matrix view: the step ran on a copy
                 p.copy_(w.view(p.shape))
+
+    def _alpha(self, group: dict[str, Any]) -> float:
+        return float(group["alpha"])
 
     def _step_dense(
         self, params: list[Tensor], group: dict[str, Any], factor: Tensor | None, found_inf: Tensor | None
@@ -345,6 +352,9 @@ class GaLore(Fira):
     """
 
     _mode = "galore"
+
+    def _alpha(self, group: dict[str, Any]) -> float:
+        return float(group.get("scale", group["alpha"]))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if "rank" in group:

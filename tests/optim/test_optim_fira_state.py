@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import types
@@ -48,6 +49,16 @@ def test_resume_is_bit_exact(options: dict[str, Any], dtype: torch.dtype) -> Non
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
         assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
+
+
+def test_a_copied_optimizer_goes_on_alike() -> None:
+    params, optimizer = fresh(stagger=True, seed=3, max_grad_norm=1.0)
+    train(optimizer, params, range(6))
+    other = copy.deepcopy(optimizer)
+    others = [p for group in other.param_groups for p in group["params"]]
+    train(optimizer, params, range(6, 12))
+    train(other, others, range(6, 12))
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(params, others, strict=True))
 
 
 def test_loading_keeps_the_dtypes_of_state() -> None:
