@@ -123,7 +123,7 @@ _BASES: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
 @contextlib.contextmanager
 def _one_svd(g: Tensor) -> Iterator[None]:
-    """All variants get one basis of ``g`` for an SVD, which takes a minute at 4096 x 4096 and is not unique to rounding.
+    """All variants get one basis of ``g`` for an SVD, which is slow and not unique to rounding.
 
     What a step costs does not depend on it. The side that is not used is zero.
     """
@@ -239,9 +239,10 @@ def variants(case: Case, device: str) -> dict[str, Variant]:
 
 def floor(w: Tensor, g: Tensor) -> None:
     """R = X P and C P^T, in the type of the operands."""
-    key = (w.shape, w.dtype, w.device)
+    rank = _RANKS[(w.shape, w.dtype, w.device)]
+    key = (w.shape, w.dtype, w.device, rank)
     if key not in _FLOOR:  # in the first of the rounds, of which the median is taken
-        left, rank = projectors.side_is_left(w.shape, "std"), _RANKS[key]
+        left = projectors.side_is_left(w.shape, "std")
         p = torch.randn(min(w.shape), rank, device=w.device).to(w.dtype)
         r = torch.empty((rank, w.shape[1]) if left else (w.shape[0], rank), dtype=w.dtype, device=w.device)
         _FLOOR[key] = (left, p, r, torch.empty_like(w))
