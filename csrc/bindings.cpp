@@ -11,6 +11,7 @@
 #include "fira.h"
 #include "margin_softmax.h"
 #include "maxsim.h"
+#include "projection.h"
 
 namespace py = pybind11;
 using pyelastic::Dtype;
@@ -245,6 +246,39 @@ void bind_maxsim(py::module_& m, const char* suffix) {
         }, nogil);
 }
 
+template <class T>
+const pyelastic::ProjectionKernels<T>& projection() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(projection_float);
+  } else {
+    return PYELASTIC_CHOOSE(projection_double);
+  }
+}
+
+// A matrix of rows as Python passes it: (pointer, dtype, stride).
+using Matrix = std::tuple<Pointer, int, Int>;
+pyelastic::MatrixView matrix(const Matrix& m) {
+  const auto& [data, dtype, stride] = m;
+  return {as<const void>(data), static_cast<Dtype>(dtype), stride};
+}
+
+template <class T>
+void bind_projection(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("projection_") + stem + suffix; };
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def(name("forward").c_str(),
+        [](Pointer z, Pointer bias, const Matrix& residual, Int rows, Int dim, const Matrix& out, Pointer inverse,
+           int threads) {
+          const auto& [data, dtype, stride] = out;
+          projection<T>().forward(as<const T>(z), as<const T>(bias), matrix(residual), rows, dim, as<void>(data),
+                                  static_cast<Dtype>(dtype), stride, as<T>(inverse), threads);
+        }, nogil);
+  m.def(name("backward").c_str(),
+        [](const Matrix& grad, const Matrix& y, Pointer inverse, Int rows, Int dim, Pointer dz, int threads) {
+          projection<T>().backward(matrix(grad), matrix(y), as<const T>(inverse), rows, dim, as<T>(dz), threads);
+        }, nogil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -257,6 +291,8 @@ PYBIND11_MODULE(_C, m) {
   bind_margin_softmax<double>(m, "_f64");
   bind_maxsim<float>(m, "_f32");
   bind_maxsim<double>(m, "_f64");
+  bind_projection<float>(m, "_f32");
+  bind_projection<double>(m, "_f64");
 #ifdef PYELASTIC_HAVE_CUDA
   pyelastic::bind_cuda(m);
 #endif

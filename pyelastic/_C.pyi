@@ -88,6 +88,22 @@ def maxsim_backward_f64(
     order: int, first: int, out: int, dtype: int, threads: int, /,
 ) -> None: ...
 
+# projection; contract: csrc/projection.h. Matrices are (pointer, dtype, row stride).
+def projection_forward_f32(
+    z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
+    threads: int, /,
+) -> None: ...
+def projection_backward_f32(
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, threads: int, /,
+) -> None: ...
+def projection_forward_f64(
+    z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
+    threads: int, /,
+) -> None: ...
+def projection_backward_f64(
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, threads: int, /,
+) -> None: ...
+
 # The CUDA kernels, where they were built (tuples: csrc/bindings_cuda.cpp; contracts: the headers of csrc/).
 _Matrix = tuple[int, int, int, int, int, int, int]
 _Negatives = tuple[int, int, int, int, int, int, int, float, int]

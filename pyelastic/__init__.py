@@ -20,6 +20,7 @@ _NAMES = {
     "maxsim_kl_distill": "pyelastic.ops.maxsim_losses",
     "maxsim_margin_mse": "pyelastic.ops.maxsim_losses",
     "maxsim_xtr": "pyelastic.ops.maxsim_losses",
+    "projection": "pyelastic.ops.projection",
     "quantize_int8": "pyelastic.quantized",
     "quantize_residual": "pyelastic.quantized",
     "sample_classes": "pyelastic.ops.margin_softmax",

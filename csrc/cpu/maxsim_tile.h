@@ -5,15 +5,12 @@
 // horizontal step. With 12 rows on AVX-512, 24 of 32 registers are sums: 14 loads for 24 multiply-adds.
 #pragma once
 
-#if defined(__F16C__) || defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 
 #include "../common/parallel.h"
 #include "../common/vec.h"
 #include "../maxsim.h"
+#include "rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -105,36 +102,7 @@ inline const T* token(const Tokens& x, std::int64_t t, std::int64_t dim, T* room
     decode(x, t, dim, room);
     return room;
   }
-  const std::int64_t at = t * x.stride;
-  switch (x.dtype) {
-    case Dtype::float32:
-      if constexpr (sizeof(T) == sizeof(float)) return static_cast<const T*>(x.data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(static_cast<const float*>(x.data)[at + k]);
-      return room;
-    case Dtype::float64:
-      if constexpr (sizeof(T) == sizeof(double)) return static_cast<const T*>(x.data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(static_cast<const double*>(x.data)[at + k]);
-      return room;
-    case Dtype::bfloat16: {
-      const auto* from = static_cast<const std::uint16_t*>(x.data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(bfloat16_to_float(from[k]));
-      return room;
-    }
-    case Dtype::float16: {
-      const auto* from = static_cast<const std::uint16_t*>(x.data) + at;
-      std::int64_t k = 0;
-#if defined(__F16C__)
-      for (; k + 8 <= dim; k += 8) {
-        float wide[8];
-        _mm256_storeu_ps(wide, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k))));
-        for (int l = 0; l < 8; ++l) room[k + l] = static_cast<T>(wide[l]);
-      }
-#endif
-      for (; k < dim; ++k) room[k] = static_cast<T>(float16_to_float(from[k]));
-      return room;
-    }
-  }
-  return room;
+  return read_row(x.data, x.dtype, t * x.stride, dim, room);
 }
 
 // Whether rows of T can be read where the tokens lie.
@@ -142,25 +110,6 @@ template <class T>
 inline bool in_place(const Tokens& x) {
   return x.codec.bits == 0 && x.dtype == (sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64);
 }
-
-// Room for a thread's own arrays, taken apart piece by piece; pieces are multiples of 64 bytes.
-class Room {
- public:
-  explicit Room(std::int64_t bytes) : next_(static_cast<unsigned char*>(thread_scratch(static_cast<std::size_t>(bytes)))) {}
-  template <class U>
-  U* take(std::int64_t count) {
-    U* const piece = reinterpret_cast<U*>(next_);
-    next_ += bytes<U>(count);
-    return piece;
-  }
-  template <class U>
-  static std::int64_t bytes(std::int64_t count) {
-    return (count * static_cast<std::int64_t>(sizeof(U)) + 63) / 64 * 64;
-  }
-
- private:
-  unsigned char* next_;
-};
 
 // Tokens of document j that its mask keeps, as positions in it; returns how many.
 inline std::int64_t kept(const MaxSimProblem& p, std::int64_t j, std::int32_t* positions) {

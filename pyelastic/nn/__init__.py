@@ -1,5 +1,6 @@
 """Thin modules over the ops."""
 
+from pyelastic.nn.late_interaction import LateInteraction
 from pyelastic.nn.margin_softmax import (
     AdaFace,
     ArcFace,
@@ -14,6 +15,7 @@ from pyelastic.nn.margin_softmax import (
     SubCenterArcFace,
     SVSoftmax,
 )
+from pyelastic.nn.projection import ProjectionHead
 
 __all__ = [
     "AdaFace",
@@ -23,9 +25,11 @@ __all__ = [
     "CurricularFace",
     "ElasticArcFace",
     "ElasticCosFace",
+    "LateInteraction",
     "MagFace",
     "MarginSoftmax",
     "NormFace",
+    "ProjectionHead",
     "SVSoftmax",
     "SubCenterArcFace",
 ]

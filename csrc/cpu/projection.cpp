@@ -1,0 +1,80 @@
+// projection on the CPU: what happens to a row before and after the BLAS. Contract and formulas: ../projection.h.
+
+#include <cmath>
+
+#include "../common/vec.h"
+#include "../projection.h"
+#include "rows.h"
+
+namespace pyelastic {
+namespace PYELASTIC_ISA {
+namespace {
+
+constexpr double kZeroNorm = 1e-12;  // F.normalize's eps
+constexpr std::int64_t kGrain = 32;  // rows worth a range of their own
+
+// sum a b in double, in a fixed order.
+template <class T>
+double dot(const T* a, const T* b, std::int64_t n) {
+  Vec<double> lanes{};
+  std::int64_t k = 0;
+  for (; k + 8 <= n; k += 8) {
+    for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(a[k + l]) * static_cast<double>(b[k + l]);
+  }
+  double sum = sum_lanes<double>(lanes);
+  for (; k < n; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  return sum;
+}
+
+template <class T>
+void forward(const T* z, const T* bias, MatrixView residual, std::int64_t rows, std::int64_t dim, void* out, Dtype dtype,
+             std::int64_t stride, T* inverse, int threads) {
+  parallel_for(rows, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Room room(2 * Room::bytes<T>(dim));
+    T* const row = room.take<T>(dim);
+    T* const spare = room.take<T>(dim);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const T* zi = z + i * dim;
+      for (std::int64_t k = 0; k < dim; ++k) row[k] = bias != nullptr ? zi[k] + bias[k] : zi[k];
+      if (residual.data != nullptr) {
+        const T* r = read_row(residual.data, residual.dtype, i * residual.stride, dim, spare);
+        for (std::int64_t k = 0; k < dim; ++k) row[k] += r[k];
+      }
+      if (inverse != nullptr) {
+        const double norm = std::sqrt(dot(row, row, dim));
+        inverse[i] = static_cast<T>(1.0 / (norm < kZeroNorm ? kZeroNorm : norm));  // NaN stays NaN
+        for (std::int64_t k = 0; k < dim; ++k) row[k] *= inverse[i];
+      }
+      write_row(row, dim, out, dtype, i * stride);
+    }
+  });
+}
+
+template <class T>
+void backward(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows, std::int64_t dim, T* dz, int threads) {
+  parallel_for(rows, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Room room(2 * Room::bytes<T>(dim));
+    T* const g_room = room.take<T>(dim);
+    T* const y_room = room.take<T>(dim);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const T* g = read_row(grad.data, grad.dtype, i * grad.stride, dim, g_room);
+      T* const d = dz + i * dim;
+      if (inverse == nullptr) {
+        for (std::int64_t k = 0; k < dim; ++k) d[k] = g[k];
+        continue;
+      }
+      const T* u = read_row(y.data, y.dtype, i * y.stride, dim, y_room);
+      // 0.999: the largest inverse, rounded to float; there the norm is constant.
+      const T along = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm ? T(0) : static_cast<T>(dot(g, u, dim));
+      for (std::int64_t k = 0; k < dim; ++k) d[k] = (g[k] - along * u[k]) * inverse[i];
+    }
+  });
+}
+
+}  // namespace
+
+const ProjectionKernels<float> projection_float = {forward<float>, backward<float>};
+const ProjectionKernels<double> projection_double = {forward<double>, backward<double>};
+
+}  // namespace PYELASTIC_ISA
+}  // namespace pyelastic

@@ -1,0 +1,160 @@
+"""The launcher that projection's backends share: chunks of rows, products by torch's BLAS, the kernels between them.
+
+A backend is a subclass of ``Kernels`` with its two kernels. Contract: csrc/projection.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyelastic.eager.projection import statistics_dtype
+
+# Longest sum of one product: a BLAS splits a longer one over its threads, and the bits would depend on their number
+# (MKL from 512 on; see _margin_softmax_cpu.GEMM_DEPTH).
+CPU_DEPTH = 256
+# Rows of a chunk: z of one stays in a core's cache, or fills a GPU.
+CPU_ROWS, GPU_ROWS = 512, 1 << 16
+# Share of rows with a gradient below which the CPU gathers those rows first. In the k-negatives layout of maxsim 6 to
+# 16 % of the document rows have one.
+COMPACT_BELOW = 0.5
+
+
+class Kernels:
+    """What a backend provides, and how its products are made."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype = statistics_dtype(x)
+        self.on_cpu = x.device.type == "cpu"
+        self.rows = CPU_ROWS if self.on_cpu else GPU_ROWS
+
+    def forward(
+        self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
+    ) -> None:
+        """z [n, d] of the compute type -> out [n, d], inverse [n] or None."""
+        raise NotImplementedError
+
+    def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
+        """grad, y [n, d] -> dz [n, d]."""
+        raise NotImplementedError
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+        """out (+)= a @ b in the compute type; ``fresh``: out holds nothing yet."""
+        a, b = a.to(self.dtype), b.to(self.dtype)
+        depth = a.shape[1]
+        step = CPU_DEPTH if self.on_cpu else max(depth, 1)
+        if depth == 0 and fresh:
+            out.zero_()
+        for first in range(0, depth, step):
+            part = (a[:, first : first + step], b[first : first + step])
+            if fresh and first == 0:
+                torch.mm(*part, out=out)
+            else:
+                torch.addmm(out, *part, out=out)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Columns one element apart, which the kernels expect; rows may lie at any distance."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def forward(
+    k: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [N, d_out] and 1 / |z| [N] ([0] without normalisation)."""
+    rows, d_out = x.shape[0], weight.shape[0]
+    out = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
+    inverse = torch.empty(rows if normalize else 0, dtype=k.dtype, device=x.device)
+    w, b, r_w = (
+        weight.to(k.dtype),
+        _cast(bias, k.dtype),
+        None if residual_weight is None else residual_weight.to(k.dtype),
+    )
+    added = None if residual is None or r_w is not None else rows_of(residual)
+    z = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
+    for first in range(0, rows, k.rows):
+        part = slice(first, min(first + k.rows, rows))
+        zc = z[: part.stop - first]
+        k.add_product(zc, x[part], w.t(), fresh=True)
+        if r_w is not None and residual is not None:
+            k.add_product(zc, residual[part], r_w.t(), fresh=False)
+        k.forward(zc, b, None if added is None else added[part], out[part], inverse[part] if normalize else None)
+    return out, inverse
+
+
+def backward(
+    k: Kernels,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    y: Tensor,
+    inverse: Tensor,
+    normalize: bool,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, residual and residual_weight; [0] where not needed."""
+    need_x, need_w, need_b, need_r, need_rw = needs
+    kept, total = _compact(k, grad), grad.shape[0]
+    if kept is not None:
+        grad, x, y = grad[kept], x[kept], y[kept]
+        inverse = inverse[kept] if normalize else inverse
+        residual = None if residual is None else residual[kept]
+    grad, y = rows_of(grad), rows_of(y)
+    rows, d_out = grad.shape
+
+    def empty(needed: bool, *shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
+        return torch.empty(shape if needed else (0,), dtype=dtype, device=x.device)
+
+    d_x = empty(need_x, *x.shape, dtype=x.dtype)
+    d_w, d_b = empty(need_w, *weight.shape).zero_(), empty(need_b, d_out).zero_()
+    d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
+    d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
+    w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
+    dz = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
+    wide = torch.empty(min(rows, k.rows), max(x.shape[1], 0 if residual is None else residual.shape[1]), dtype=k.dtype,
+                       device=x.device)  # fmt: skip
+    for first in range(0, rows, k.rows):
+        part = slice(first, min(first + k.rows, rows))
+        n = part.stop - first
+        d = dz[:n]
+        k.backward(grad[part], y[part], inverse[part] if normalize else None, d)
+        if need_x:
+            to = wide.flatten()[: n * x.shape[1]].view(n, -1)
+            k.add_product(to, d, w, fresh=True)
+            d_x[part] = to
+        if need_w:
+            k.add_product(d_w, d.t(), x[part], fresh=False)
+        if need_b:
+            d_b += d.sum(0)
+        if residual is not None and need_r:
+            if r_w is None:
+                d_r[part] = d
+            else:
+                to = wide.flatten()[: n * residual.shape[1]].view(n, -1)
+                k.add_product(to, d, r_w, fresh=True)
+                d_r[part] = to
+        if residual is not None and need_rw:
+            k.add_product(d_rw, d.t(), residual[part], fresh=False)
+    if kept is not None:
+        d_x, d_r = (g.new_zeros(total, g.shape[1]).index_copy_(0, kept, g) if g.ndim == 2 else g for g in (d_x, d_r))
+    return [d_x, d_w, d_b, d_r, d_rw]
+
+
+def _compact(k: Kernels, grad: Tensor) -> Tensor | None:
+    """Rows with a gradient, if they are few. On a GPU that would synchronise: there all rows are kept."""
+    if not k.on_cpu:
+        return None
+    some = (grad != 0).any(1)
+    return some.nonzero()[:, 0] if int(some.sum()) < COMPACT_BELOW * len(some) else None

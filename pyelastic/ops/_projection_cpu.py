@@ -1,0 +1,39 @@
+"""projection's CPU kernels for the shared launcher (_projection.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyelastic import _extension
+from pyelastic.ops._projection import Kernels
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _matrix(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))
+
+
+class CpuKernels(Kernels):
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        suffix = "_f64" if self.dtype == torch.float64 else "_f32"
+        extension = _extension.load()
+        self._forward = getattr(extension, f"projection_forward{suffix}")
+        self._backward = getattr(extension, f"projection_backward{suffix}")
+        self.threads = torch.get_num_threads()
+
+    def forward(
+        self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
+    ) -> None:
+        self._forward(
+            z.data_ptr(), _pointer(bias), _matrix(residual), *z.shape, _matrix(out), _pointer(inverse), self.threads
+        )
+
+    def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
+        self._backward(_matrix(grad), _matrix(y), _pointer(inverse), *dz.shape, dz.data_ptr(), self.threads)
