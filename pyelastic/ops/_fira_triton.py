@@ -73,7 +73,6 @@ def step_(
                 1.0 - lr * weight_decay, t,
             ]).float()  # fmt: skip
             side, m, v = left[i], exp_avgs[i], exp_avg_sqs[i]
-            v = v if v.stride() == m.stride() else v.contiguous()
             p = projectors[i].to(w.dtype)
             rank = p.shape[1] if side else p.shape[0]
             vectors, dim = (w.shape[1], w.shape[0]) if side else w.shape

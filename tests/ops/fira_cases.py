@@ -13,7 +13,6 @@ from torch import Tensor
 
 import pyelastic
 from pyelastic.eager import fira as eager
-from pyelastic.eager.fira import Flags
 from pyelastic.ops.fira import MODES, FiraState
 
 BACKENDS = backends.implemented("fira")
@@ -165,7 +164,3 @@ def accuracy(backend: str, dtype: torch.dtype) -> dict[str, Any]:
     half = dtype == torch.bfloat16 and backend == "cpu"
     half = half or (dtype in HALF and backend in ("cuda", "triton"))
     return {"acc": torch.bfloat16 if half else oracle.accumulator(dtype), "half": half}
-
-
-def flags(**names: bool) -> int:
-    return int(sum(Flags[name.upper()] for name, on in names.items() if on))

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from fira_cases import DTYPES, HALF, KERNELS, Problem, accuracy, over_backends, over_kernels, problem, run, truth
+from fira_cases import DTYPES, KERNELS, Problem, accuracy, over_backends, over_kernels, problem, run, truth
 from torch import Tensor
 
 import pyelastic
@@ -214,6 +214,3 @@ def test_kernels_are_not_eager() -> None:
         run(backend, got)
         run("eager", other)
         assert not torch.equal(got.w.cpu(), other.w)
-
-
-assert set(HALF) < set(DTYPES)
