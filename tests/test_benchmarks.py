@@ -152,7 +152,7 @@ def test_cpu_kernel_never_holds_the_logits():
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "no_such_op", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "choose from margin_softmax" in done.stderr
+    assert done.returncode == 2 and "choose from" in done.stderr and "margin_softmax" in done.stderr
 
 
 def test_main_writes_tables_json_and_a_page_with_plots(monkeypatch, tmp_path, capsys):
@@ -190,3 +190,20 @@ def test_committed_results_hold_raw_samples():
         for result in results["cases"]:
             for name, row in result["rows"].items():
                 assert "failed" in row or len(row["step_s"]) >= 5, (path.name, result["case"], name)
+
+
+def test_fira_variants_are_what_they_claim():
+    """Each is graded against a step of its own algorithm, and a wrong one gets no time."""
+    from benchmarks import bench_fira
+
+    for dtype in (torch.float32, torch.bfloat16):
+        case = bench_fira.Case(24, 40, 4, dtype)
+        found = bench_fira.variants(case, "cpu")
+        chosen = {name: v for name, v in found.items() if name.startswith(("pyelastic", "torch"))}
+        assert {"pyelastic cpu", "pyelastic eager", "torch AdamW fused"} <= set(chosen)
+        for name, variant in chosen.items():
+            inputs = case.inputs(0, "cpu")
+            error = harness.errors(harness.step(case, variant.run, inputs), variant.truth(*inputs))
+            assert harness.refusal(error, variant.limit) is None, (name, error)
+            wrong = variant.truth(*inputs)[0] * 1.05
+            assert harness.refusal(harness.errors((wrong,), variant.truth(*inputs)), variant.limit), name
