@@ -115,6 +115,13 @@ def test_short_and_long_rows(backend: str, length: float) -> None:
     compare(backend, case.having(x=case.x * length))
 
 
+def test_rows_whose_squares_overflow() -> None:
+    """The CPU kernel sums squares in float64."""
+    backend = backends.require("cpu")
+    case = make(bias=False)
+    compare(backend, case.having(x=case.x * 1e30))
+
+
 @over_backends
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("normalize", (False, True))

@@ -113,8 +113,8 @@ def test_backward_under_autocast(backend: str) -> None:
 
 
 def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """The choice is made once per process, so each instruction set needs its own."""
-    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa}
+    """The choice is made once per process, so each instruction set needs its own; on one thread, for speed."""
+    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
