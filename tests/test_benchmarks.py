@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_margin_softmax as bench
-from benchmarks import bench_maxsim, harness, report
+from benchmarks import bench_maxsim, bench_projection, harness, report
 
 CASE = bench.Case(16, 512, 300)
 
@@ -127,6 +127,33 @@ def test_maxsim_truth_is_the_formula():
     # einsum sums the maxima in float32.
     assert max(harness.errors(got, (loss.detach(), *(leaf.grad for leaf in leaves)))) < 1e-6
     assert bench_maxsim.case(TRAIN.id) == TRAIN and bench_maxsim.case(RERANK.id) == RERANK
+
+
+@pytest.mark.parametrize("kind", ("dense", "sparse", "skip"))
+def test_projection_with_a_wrong_gradient_is_refused(monkeypatch, kind):
+    """Right variants pass; a forgotten bias, and a norm taken for a constant, whose loss is right, do not."""
+    case = bench_projection.Case(kind, 60, 32, 16)
+    assert bench_projection.case(case.id) == case
+
+    def no_bias(x, w, b, *skip):
+        return bench_projection.linear_normalize(x, w, 0 * b, *skip)
+
+    def constant_norm(x, w, b, *skip):
+        z = torch.nn.functional.linear(x, w, b) + sum(torch.nn.functional.linear(x, r) for r in skip)
+        return z / z.detach().norm(dim=1, keepdim=True)
+
+    everything = bench_projection.variants(case, "cpu")
+    found = {name: everything[name] for name in ("pyelastic eager", "F.linear, F.normalize")}
+    for wrong in (no_bias, constant_norm):
+        run = lambda *x, wrong=wrong: bench_projection.loss(wrong, *x)  # noqa: E731
+        found[wrong.__name__] = harness.Variant(run, bench_projection.FLOAT32)
+    monkeypatch.setattr(harness, "peak_memory", lambda *arguments: (1 << 20, 0))
+    fake = SimpleNamespace(**vars(bench_projection))
+    fake.variants = lambda case, device: found
+    rows = harness.measure(fake, case, 4, lambda text: None)["rows"]
+    assert [name for name, row in rows.items() if "failed" in row] == ["no_bias", "constant_norm"]
+    assert rows["constant_norm"]["error"][0] < bench_projection.FLOAT32
+    assert len(rows["pyelastic eager"]["error"]) == 1 + case.leaves and len(rows["floor"]["step_s"]) == 4
 
 
 def test_spread_and_median():
