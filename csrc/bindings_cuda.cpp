@@ -2,6 +2,7 @@
 #include "bindings_cuda.h"
 
 #include "margin_softmax.h"
+#include "maxsim.h"
 #include "mma_gemm.h"
 
 namespace py = pybind11;
@@ -104,6 +105,71 @@ void bind_margin_softmax(py::module_& m) {
         }, nogil);
 }
 
+// Tokens as Python passes them: (pointer, dtype, stride, offsets, count, total, bits, codes, centroids, buckets,
+// dimension of the centroids).
+using Side = std::tuple<Pointer, int, Int, Pointer, Int, Int, int, Pointer, Pointer, Pointer, Int>;
+pyelastic::Tokens tokens(const Side& s) {
+  const auto& [data, dtype, stride, offsets, count, total, bits, codes, centroids, buckets, dim] = s;
+  return {as<const void>(data), static_cast<Dtype>(dtype), stride, as<const Int>(offsets), count, total,
+          {bits, as<const std::int32_t>(codes), as<const float>(centroids), as<const float>(buckets), dim}};
+}
+
+// (q, d, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, topk, temperature, q_inv, d_inv)
+using Problem = std::tuple<Side, Side, Int, Pointer, Pointer, Pointer, Pointer, Int, Int, int, double, Pointer, Pointer>;
+pyelastic::MaxSimProblem problem(const Problem& p) {
+  const auto& [q, d, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, topk, temperature, q_inv, d_inv] = p;
+  return {tokens(q), tokens(d), dim, as<const std::uint8_t>(d_mask), as<const std::uint8_t>(floor),
+          as<const Int>(pair_q), as<const Int>(pair_d), pairs, max_q, nullptr, topk > 1 ? topk : 1, topk, temperature,
+          as<const void>(q_inv), as<const void>(d_inv)};
+}
+
+// (scores, weights, per_token)
+using Gradient = std::tuple<Pointer, Pointer, Pointer>;
+pyelastic::MaxSimGradient<float> gradient(const Gradient& g) {
+  return {as<const float>(std::get<0>(g)), as<const float>(std::get<1>(g)), as<const float>(std::get<2>(g))};
+}
+
+// (data, dtype, ld, add, room)
+using Output = std::tuple<Pointer, int, Int, bool, Pointer>;
+pyelastic::cuda::MaxSimOutput output(const Output& o) {
+  const auto& [data, dtype, ld, add, room] = o;
+  return {as<void>(data), static_cast<Dtype>(dtype), ld, add, as<float>(room)};
+}
+
+void bind_maxsim(py::module_& m) {
+  namespace cuda = pyelastic::cuda;
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("cuda_maxsim_fits", cuda::maxsim_backward_fits);
+  m.def("cuda_maxsim_norms",
+        [](const Side& x, Int dim, Pointer inverse, Pointer stream) {
+          cuda::maxsim_norms(tokens(x), dim, as<float>(inverse), as<void>(stream));
+        }, nogil);
+  m.def("cuda_maxsim_forward",
+        [](const Problem& p, bool mma, bool q_aligned, bool d_aligned, Pointer share, Pointer maxima, Pointer winners,
+           bool narrow, Pointer stream) {
+          cuda::maxsim_forward(problem(p), {mma, q_aligned, d_aligned}, as<const float>(share), as<float>(maxima),
+                               {as<void>(winners), narrow}, as<void>(stream));
+        }, nogil);
+  m.def("cuda_maxsim_scores",
+        [](const Problem& p, Pointer maxima, Pointer weights, Pointer scores, Int ld, Pointer stream) {
+          cuda::maxsim_scores(problem(p), as<const float>(maxima), as<const float>(weights), as<float>(scores), ld,
+                              as<void>(stream));
+        }, nogil);
+  m.def("cuda_maxsim_backward",
+        [](const Problem& p, bool of_queries, Int longest, const Gradient& g, Int ld, Pointer query_of, Pointer share,
+           Pointer winners, bool narrow, Pointer order, Pointer first, const Output& out, Pointer stream) {
+          cuda::maxsim_backward(problem(p), of_queries, longest, gradient(g), ld, as<const Int>(query_of),
+                                as<const float>(share), {as<void>(winners), narrow},
+                                {as<const Int>(order), as<const Int>(first)}, output(out), as<void>(stream));
+        }, nogil);
+  m.def("cuda_maxsim_backward_smooth",
+        [](const Problem& p, bool of_queries, const Gradient& g, Int ld, Pointer maxima, Pointer order, Pointer first,
+           const Output& out, Pointer stream) {
+          cuda::maxsim_backward_smooth(problem(p), of_queries, gradient(g), ld, as<const float>(maxima),
+                                       {as<const Int>(order), as<const Int>(first)}, output(out), as<void>(stream));
+        }, nogil);
+}
+
 }  // namespace
 
 void pyelastic::bind_cuda(py::module_& m) {
@@ -114,4 +180,5 @@ void pyelastic::bind_cuda(py::module_& m) {
                                     columns, k, as<float>(c), ldc, splits, add, as<void>(stream));
         }, py::call_guard<py::gil_scoped_release>());
   bind_margin_softmax(m);
+  bind_maxsim(m);
 }

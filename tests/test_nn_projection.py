@@ -148,7 +148,8 @@ def test_loading_errors() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "mlp"}, "kind is 'mlp'"), ({"activation": "elu"}, "activation is 'elu'"), ({"norm": "batch"}, "norm is"),
+        ({"kind": "mlp"}, "kind is 'mlp'"), ({"activation": "elu"}, "activation is 'elu'"),
+        ({"norm": "batch"}, "norm is"),
         ({"layers": 2}, "'linear' has 1"), ({"kind": "ffn", "layers": 4}, "'ffn' has 2 or 3"),
         ({"kind": "glu", "layers": 3}, "'glu' has 1 or 2"), ({"kind": "ffn", "expand": 0.0}, "expand 0.0"),
     ],
