@@ -31,3 +31,14 @@ def test_train_faces_improves_verification(capsys):
     # On strangers the margin must not be worse than plain softmax (measured over 3 seeds: 0.03 better).
     strangers = {name: sum(run[-1][0] for run in runs) / len(runs) for name, runs in results.items()}
     assert strangers["ElasticArcFace"] > strangers["softmax"]
+
+
+@pytest.mark.slow
+def test_train_retrieval_improves_on_untrained(capsys):
+    example = _load("train_retrieval")
+    runs = example.main(["--steps", "40"])
+    assert "retrieval of 500 held-out documents" in capsys.readouterr().out
+    assert list(runs) == list(example.HEADS)
+    for name, (run,) in runs.items():
+        (first, first_ndcg), (last, last_ndcg) = run
+        assert 0 < first < 1 and last > first + 0.02 and last_ndcg > first_ndcg + 0.02, name
