@@ -46,3 +46,13 @@ def test_train_language_model(capsys, tmp_path, monkeypatch):
     assert results["Fira, subspace"][1] < results["GaLore"][1]
     assert results["Fira, subspace"][2] < 0.5 * results["AdamW"][2]
     assert max(spikes[1.01][6:]) < max(spikes[None][6:])
+
+
+def test_train_retrieval_improves_on_untrained(capsys):
+    example = _load("train_retrieval")
+    runs = example.main(["--steps", "40"])
+    assert "retrieval of 500 held-out documents" in capsys.readouterr().out
+    assert list(runs) == list(example.HEADS)
+    for name, (run,) in runs.items():
+        (first, first_ndcg), (last, last_ndcg) = run
+        assert 0 < first < 1 and last > first + 0.02 and last_ndcg > first_ndcg + 0.02, name
