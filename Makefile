@@ -32,8 +32,9 @@ $(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
 	find build/emulator -name '*.gcda' -delete  # of the build before
 	touch $@
 
+# One process a core, whose OpenMP threads give way instead of spinning for their turn.
 test: $(VENV)/build.stamp $(VENV)/emulator.stamp
-	PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest
+	OMP_WAIT_POLICY=PASSIVE PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest -n $(JOBS)
 
 bench: $(VENV)/build.stamp
 	$(PY) -m benchmarks

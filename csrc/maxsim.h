@@ -32,6 +32,7 @@ struct Codec {
   int bits;
   const std::int32_t* codes;  // [total]
   const float *centroids, *buckets;  // [.., dim], [2^bits]
+  std::int64_t dim = 0;              // CUDA: of the centroids, whose prefix a call may take
 };
 
 struct Tokens {
@@ -126,5 +127,51 @@ namespace avx512bf16 {
 extern const MaxSimKernels<float> maxsim_float;
 extern const MaxSimKernels<double> maxsim_double;
 }  // namespace avx512bf16
+
+namespace cuda {
+
+// CUDA: float32 throughout, one plane a call: dim is the prefix, q_inv and d_inv that plane's [total], maxima, winners
+// and scores point at it; planes is 1, or the number of winners with top-k; prefixes is not read. All pointers but the
+// structs themselves are the device's.
+
+// inverse[t] = 1 / max(|x_t[:dim]|, 1e-12).
+void maxsim_norms(const Tokens& x, std::int64_t dim, float* inverse, void* stream);
+
+// How the tiles are read. mma: both sides float16, or both bfloat16, on tensor cores; both must be aligned then, else only
+// float32 can be. Aligned: the rows of that side start at multiples of 16 bytes, and dim is a multiple of 16 bytes.
+struct MaxSimReads {
+  bool mma, q_aligned, d_aligned;
+};
+
+// maxima (per token) and, unless winners.data is null, winners. share [d.count]: 1 / min(topk, kept tokens), for top-k.
+void maxsim_forward(const MaxSimProblem& problem, MaxSimReads reads, const float* share, float* maxima, Winners winners,
+                    void* stream);
+
+// scores [Nq, ld] or [P]: the sum of w m over the tokens of each pair. ld >= d.count.
+void maxsim_scores(const MaxSimProblem& problem, const float* maxima, const float* weights, float* scores,
+                   std::int64_t ld, void* stream);
+
+// Where a gradient goes: dx [total, dim] of ld elements a row, all of whose rows are written, or added to (`add`). room:
+// float [total, dim] for sums, or null where maxsim_backward_fits.
+struct MaxSimOutput {
+  void* data;
+  Dtype dtype;
+  std::int64_t ld;
+  bool add;
+  float* room;
+};
+
+// Gradient of the queries, or of the documents. longest: document; ld: of gradient.scores; share: as in forward; query_of
+// [q.total]: the query of each of their tokens.
+void maxsim_backward(const MaxSimProblem& problem, bool of_queries, std::int64_t longest,
+                     const MaxSimGradient<float>& gradient, std::int64_t ld, const std::int64_t* query_of,
+                     const float* share, Winners winners, PairOrder order, MaxSimOutput out, void* stream);
+// The same for the smooth maximum; similarities are computed again.
+void maxsim_backward_smooth(const MaxSimProblem& problem, bool of_queries, const MaxSimGradient<float>& gradient,
+                            std::int64_t ld, const float* maxima, PairOrder order, MaxSimOutput out, void* stream);
+// Whether a row of `dim` sums fits shared memory.
+bool maxsim_backward_fits(std::int64_t dim);
+
+}  // namespace cuda
 
 }  // namespace pyelastic

@@ -109,7 +109,11 @@ def test_from_linear_starts_as_the_linear_head() -> None:
         before = [p.clone() for p in head.parameters()]
         (head(X) * torch.randn(3, 5, 6)).sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in head.parameters()) and len(before) >= 3
-    for wrong in ({"kind": "glu"}, {"kind": "ffn"}, {"skip": True}, {"kind": "ffn", "residual": True, "expand": 0.5}):
+    deep = {"kind": "ffn", "residual": True}
+    for wrong in (
+        {"kind": "glu"}, {"kind": "ffn"}, {"skip": True}, {"norm": "layer"},
+        {**deep, "expand": 0.5}, {**deep, "activation": "sigmoid"},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="from_linear"):
             ProjectionHead.from_linear(weight, bias, **wrong)
 
@@ -148,7 +152,8 @@ def test_loading_errors() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "mlp"}, "kind is 'mlp'"), ({"activation": "elu"}, "activation is 'elu'"), ({"norm": "batch"}, "norm is"),
+        ({"kind": "mlp"}, "kind is 'mlp'"), ({"activation": "elu"}, "activation is 'elu'"),
+        ({"norm": "batch"}, "norm is"),
         ({"layers": 2}, "'linear' has 1"), ({"kind": "ffn", "layers": 4}, "'ffn' has 2 or 3"),
         ({"kind": "glu", "layers": 3}, "'glu' has 1 or 2"), ({"kind": "ffn", "expand": 0.0}, "expand 0.0"),
     ],

@@ -25,6 +25,9 @@ inline float exp2_approx(float x) {
   return y < 1.17549435e-38f ? 0.0f : y;  // subnormals are flushed; NaN is not below
 }
 
+// The larger; NaN if either is.
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+
 inline float decode(std::uint16_t bits, F16) { return __half2float(__half{bits}); }
 inline float decode(std::uint16_t bits, BF16) { return __bfloat162float(__nv_bfloat16{bits}); }
 inline std::uint32_t pack(float low, float high, F16) {
@@ -102,6 +105,12 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

@@ -82,6 +82,8 @@ inline void sincospi(double x, double* sine, double* cosine) {
   *cosine = std::cos(x * 3.14159265358979323846);
 }
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 // --- synchronisation ---
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

@@ -33,6 +33,7 @@ from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import maxsim as eager
 from pyelastic.eager.maxsim import statistics_dtype
 from pyelastic.ops import _maxsim_cpu as cpu
+from pyelastic.ops import _maxsim_cuda as cuda
 from pyelastic.ops import _maxsim_triton as triton
 from pyelastic.ops import _triton
 from pyelastic.ops._maxsim_layout import (
@@ -303,7 +304,7 @@ OPS = {
         _library.define(f"{OP}_fwd", name, _FORWARD, launcher.forward, _fake_forward),
         _library.define(f"{OP}_bwd", name, _BACKWARD, launcher.backward, _fake_backward),
     )
-    for name, launcher in (("cpu", cpu), ("triton", triton))
+    for name, launcher in (("cpu", cpu), ("cuda", cuda), ("triton", triton))
 }
 
 
@@ -426,16 +427,22 @@ def _cpu_why_not(call: Call) -> str | None:
     return _combination_why_not(call) or _extension.why_not()
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    missing = _dispatch.unsupported_dtype(call, (torch.float16, torch.bfloat16, torch.float32))
+    return missing or _combination_why_not(call) or _extension.cuda_why_not(str(call.device))
+
+
 def _triton_why_not(call: Call) -> str | None:
     dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
     return dtype or _combination_why_not(call) or _triton.why_not(str(call.device), "queries", OP, "forward")
 
 
 _ALL = ("float16", "bfloat16", "float32", "float64")
+_SINGLE = _ALL[:3]
 
 _dispatch.register(
     OP,
-    _dispatch.not_implemented("cuda", "the kernels are being written"),
+    _dispatch.Backend("cuda", _run("cuda"), _cuda_why_not, _SINGLE, label="emulated; not yet run on a GPU"),
     _dispatch.Backend("triton", _run("triton"), _triton_why_not, _ALL[:3], label="interpreted; not yet run on a GPU"),
     _dispatch.Backend("cpu", _run("cpu"), _cpu_why_not, _ALL, label="tested on CPU"),
     _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
