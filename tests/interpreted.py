@@ -311,7 +311,7 @@ def _set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
 
 
 def _device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function that a kernel calls: its module is patched once in a launch. Once in a call took a third of all time."""
+    """A function that a kernel calls: its module is patched once a launch; once a call took a third of all time."""
     module = id(self.fn.__globals__)
     if module not in _launch.patched:
         interpreter._patch_lang(self.fn)

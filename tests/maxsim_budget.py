@@ -14,10 +14,10 @@ GRADIENT = {"LIST": False, "PER_TOKEN": False, "HAS_WEIGHTS": True, "ADD": False
 
 
 def _signature(bits: int) -> dict[str, str]:
-    tokens, ints = {16: "*bf16", 32: "*fp32"}[bits], ("q_first", "d_first", "pair_q", "pair_d", "order", "order_first")
-    pointers = {f"p_{n}": "*fp32" for n in ("inv", "q_inv", "d_inv", "centroids", "buckets", "maxima", "weights", "grad", "scores",
-                                            "parts")}  # fmt: skip
-    pointers |= {f"p_{n}": "*i64" for n in (*ints, "query_of")} | {f"p_{n}": tokens for n in ("q", "d", "x", "out")}
+    floats = ("inv", "q_inv", "d_inv", "centroids", "buckets", "maxima", "weights", "grad", "scores", "parts")
+    ints = ("q_first", "d_first", "pair_q", "pair_d", "order", "order_first", "query_of")
+    pointers = {f"p_{n}": "*fp32" for n in floats} | {f"p_{n}": "*i64" for n in ints}
+    pointers |= dict.fromkeys(("p_q", "p_d", "p_x", "p_out"), {16: "*bf16", 32: "*fp32"}[bits])
     pointers |= {"p_codes": "*i32", "p_mask": "*u8", "p_floor": "*u8", "p_winners": "*i16"}
     sizes = ("tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n")
     strides = ("s_q", "s_d", "s_x", "s_out", "s_centroid", "s_g0", "s_g1")
@@ -56,8 +56,8 @@ def requests() -> dict[str, dict[str, Any]]:
             several = options | {"TOPK": 4, "HAS_FLOOR": False}
             add(f"forward top-k {name}", ":forward", bits, common | several, warps, stages, archs)
             add(f"smooth_forward {name}", "_smooth:forward_smooth", bits, common, warps, stages, archs)
-            narrow = pieces(96, block_k)
-            add(f"forward D96 {TYPES[bits]}", ":forward", bits, common | options | narrow | {"D": 96}, warps, stages, archs)
+            narrow = common | options | pieces(96, block_k) | {"D": 96}
+            add(f"forward D96 {TYPES[bits]}", ":forward", bits, narrow, warps, stages, archs)
     for (bits, width), (own, other, warps, stages) in maxsim_backward.MAXSIM_BACKWARD_CONFIGS.items():
         common = {**GRADIENT, "Q_INV": True, "JACOBIAN": True, "TOPK": 1, "D": width, "WIDTH": width}
         blocks = {"BLOCK_D": own, "BLOCK_Q": other}
@@ -69,8 +69,8 @@ def requests() -> dict[str, dict[str, Any]]:
         add(f"grad_queries {name}", "_backward:grad_queries", bits, common, 4, 3)
     for (bits, width), (own, other, block_k, warps, stages) in maxsim_smooth.MAXSIM_SMOOTH_CONFIGS.items():
         common = {
-            **GRADIENT, **FACTORS, "HAS_MASK": True, "JACOBIAN": True, "D": width, "WIDTH": width, "OPERAND": TYPES[bits],
-            **pieces(width, block_k),
+            **GRADIENT, **FACTORS, **pieces(width, block_k), "HAS_MASK": True, "JACOBIAN": True, "D": width,
+            "WIDTH": width, "OPERAND": TYPES[bits],
         }  # fmt: skip
         name = f"{TYPES[bits]} D{width}"
         blocks = {"BLOCK_D": own, "BLOCK_Q": other}

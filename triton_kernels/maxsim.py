@@ -1,16 +1,17 @@
 """maxsim in Triton, forward: similarities a tile at a time, never stored. Formulas and layouts: csrc/maxsim.h.
 
-Algorithm. A program owns BLOCK_Q consecutive query tokens, of as many queries as they belong to (of one query for a list
-of pairs), and walks over one document in tiles of BLOCK_D tokens. Packing queries this way divides the reads of a
-document by BLOCK_Q / Lq. The running maximum is deferred: each of the BLOCK_Q x BLOCK_D lanes keeps the largest
+Algorithm. A program owns BLOCK_Q consecutive query tokens, of as many queries as they belong to (of one query for a
+list of pairs), and walks over one document in tiles of BLOCK_D tokens. Packing queries this way divides the reads of
+a document by BLOCK_Q / Lq. The running maximum is deferred: each of the BLOCK_Q x BLOCK_D lanes keeps the largest
 similarity it has seen and where, and lanes are compared once per document, not once per tile. Each lane keeps its
 first winner, and of equal lanes the earliest token wins, so ties go to the first token.
 
-The dimension is cut into powers of two, 96 = 64 + 32: Q stays on chip for the whole document up to D = 512 in 16 bits; beyond
-it, and in float32, a loop over BLOCK_K columns reads it again. Operands are never rounded: 16-bit tokens of one dtype are multiplied as they are;
-float32 and mixed ones as sums of three bfloat16 parts, six products (error 2^-24, for the cost of three tf32
-products). Norms and int8 scales are factors of the similarity. Sums are float32; addresses int64. Sizes are
-runtime values, and flags constexpr, so that only D and the flags make Triton compile again.
+The dimension is cut into powers of two, 96 = 64 + 32: Q stays on chip for the whole document up to D = 512 in 16 bits;
+beyond it, and in float32, a loop over BLOCK_K columns reads it again. Operands are never rounded: 16-bit tokens of one
+dtype are multiplied as they are; float32 and mixed ones as sums of three bfloat16 parts, six products (error 2^-24,
+for the cost of three tf32 products). Norms and int8 scales are factors of the similarity. Sums are float32;
+addresses int64. Numbers of sequences, tokens and pairs are runtime values: only D, the flags and the powers of two
+that bound short sequences make Triton compile again.
 
 Bytes moved: each document ceil(tokens of queries / BLOCK_Q) times, mostly from L2; 4 bytes of maximum and 2 of winner
 per query token and document.
@@ -21,8 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# (operand bits, D up to; 0: any) -> (BLOCK_Q, BLOCK_D, BLOCK_K, num_warps, num_stages). BLOCK_K = 0: Q is held in pieces;
-# else read again, BLOCK_K columns at a time. Chosen by compiling: nothing spills on sm_80, sm_90 and sm_100
+# (operand bits, D up to; 0: any) -> (BLOCK_Q, BLOCK_D, BLOCK_K, num_warps, num_stages). BLOCK_K = 0: Q is held in
+# pieces; else read again, BLOCK_K columns at a time. Chosen by compiling: nothing spills on sm_80, sm_90 and sm_100
 # (tests/test_kernel_budget.py); not yet measured on a GPU. Fewer query tokens shrink BLOCK_Q.
 MAXSIM_CONFIGS = {
     (16, 128): (128, 64, 0, 8, 3),
@@ -33,7 +34,9 @@ MAXSIM_CONFIGS = {
 }
 MAXSIM_CONFIGS_SM90 = MAXSIM_CONFIGS | {(32, 0): (64, 64, 32, 8, 2)}  # sm_90 and newer
 # Arguments that change from call to call: no kernel is compiled again for their values.
-SIZES = ("tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n", "temperature", "scale")
+SIZES = (
+    "tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n", "temperature", "scale",
+)  # fmt: skip
 NONE = tl.constexpr(float("-inf"))
 NEVER = tl.constexpr(2147483647)  # after every token of a document
 
@@ -134,7 +137,7 @@ def similarities(
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, HOLD: tl.constexpr, BITS: tl.constexpr,
     OPERAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK_Q, BLOCK_D] of query tokens o_q, whose pieces are b_0 .. b_2 if HOLD, with document tokens row."""
+    """Products [BLOCK_Q, BLOCK_D] of query tokens o_q, with pieces b_0 .. b_2 if HOLD, and document tokens row."""
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if HOLD:
         x = load_documents(p_d, p_codes, p_centroids, p_buckets, row, m_t, tl.arange(0, W0), s_d, s_centroid, D, BITS)

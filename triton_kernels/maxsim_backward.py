@@ -1,9 +1,9 @@
 """maxsim in Triton, backward: every row of a gradient is owned by one program, which adds in a fixed order; no atomics.
 
 dQ: a program owns a few query tokens with all their columns and gathers the winners' rows, document after document.
-dD: a program owns BLOCK_D rows of a document and passes over the query tokens; the rows c q^ of a block of them are added
-where their winners point by a product with the one-hot matrix of the winners, in three bfloat16 parts, which is
-exact up to the order of its float32 sums. That is 3 of the forward's operations for each of its own.
+dD: a program owns BLOCK_D rows of a document and passes over the query tokens; the rows c q^ of a block of them are
+added where their winners point by a product with the one-hot matrix of the winners, in three bfloat16 parts, which
+is exact up to the order of its float32 sums. That is three times the operations of a 16-bit forward.
 The smooth maximum recomputes its similarities (once per WIDTH columns of the result).
 
 The normalisation's Jacobian is applied before the only store, if one program has all columns of a row; `finish_rows`
@@ -182,7 +182,7 @@ def query_rows(
 @triton.jit(do_not_specialize=SIZES)
 def grad_documents(
     p_q, p_d, p_q_inv, p_d_inv, p_q_first, p_d_first,
-    p_pair_q, p_order, p_order_first,  # if LIST: queries of pairs, pairs by document [P], first of each document [Nd + 1]
+    p_pair_q, p_order, p_order_first,  # if LIST: queries of pairs, pairs by document [P], first of each [Nd + 1]
     p_grad, p_weights, p_query_of, p_winners,
     p_out,  # [tokens of D, D]
     tokens, rows, width, s_q, s_d, s_g0, s_g1, s_out,

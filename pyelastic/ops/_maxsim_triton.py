@@ -37,7 +37,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def pieces(dim: int, block: int) -> dict[str, Any]:
-    """The dimension as three powers of two at most, the last with room to spare, or as a loop of up to ``block`` columns."""
+    """The dimension as three powers of two at most, the last with room to spare, or as a loop of ``block`` columns."""
     if block:
         while block > 16 and -dim % block > dim / 8:  # what padding may add
             block //= 2
@@ -232,7 +232,7 @@ class _Backward:
         return self.p.cdiv(rows, max(1, self.p.x.q_offsets.shape[0] - 1)) if self.p.listed else rows
 
     def accumulating(self, dim: int, of_queries: bool) -> dict[str, Any]:
-        """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; blocks shrink with the problem."""
+        """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; small problems shrink it."""
         p, x = self.p, self.p.x
         smooth = x.temperature > 0
         table = p.smooth_kernels.MAXSIM_SMOOTH_CONFIGS if smooth else p.backward_kernels.MAXSIM_BACKWARD_CONFIGS
@@ -249,7 +249,8 @@ class _Backward:
             "num_stages": stages,
         }
         if smooth:
-            made |= pieces(dim, LOOP_K if dim > max(table) else block_k[0]) | {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
+            made |= pieces(dim, LOOP_K if dim > max(table) else block_k[0])
+            made |= {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
         return made
 
     def queries(self, plane: int, grad: Tensor, saved: Tensor, offsets: Tensor, out: Tensor, add: bool) -> None:
@@ -310,8 +311,9 @@ class _Backward:
         grid = (count, tiles, chunks)
         if x.temperature > 0:
             p.smooth_kernels.grad_documents_smooth[grid](
-                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, LOG2E / x.temperature, **flags, **constants
-            )
+                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, LOG2E / x.temperature, **flags,
+                **constants,
+            )  # fmt: skip
         else:
             del flags["D_INV"]
             p.backward_kernels.grad_documents[grid](
@@ -345,7 +347,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         steps = _Backward(p, q_inv, d_inv, per_token)
         smooth = x.temperature > 0
         saved = maxima if smooth else winners
-        count, dim = x.d_offsets.shape[0] - 1, p.queries.shape[1]
+        count = x.d_offsets.shape[0] - 1
         chunk = max(1, count)
         if saved.numel() == 0 and not p.listed:
             planes, _, tokens = x.token_shape(x.winner_planes)

@@ -1,4 +1,4 @@
-"""What only the Triton launcher has: packed queries, tiles, pieces of the dimension, splits, order of programs, addresses."""
+"""What only the Triton launcher has: tiles, pieces of the dimension, splits, chunks, order of programs, addresses."""
 
 from typing import Any
 
