@@ -13,11 +13,12 @@ LAYOUT: dict[str, Any] = {"LIST": False, "HAS_MASK": True}
 GRADIENT = {"LIST": False, "PER_TOKEN": False, "HAS_WEIGHTS": True, "ADD": False}
 
 
-def _signature(bits: int) -> dict[str, str]:
+def _signature(bits: int, stored: int) -> dict[str, str]:
     floats = ("inv", "q_inv", "d_inv", "centroids", "buckets", "maxima", "weights", "grad", "scores", "parts")
     ints = ("q_first", "d_first", "pair_q", "pair_d", "order", "order_first", "query_of")
     pointers = {f"p_{n}": "*fp32" for n in floats} | {f"p_{n}": "*i64" for n in ints}
     pointers |= dict.fromkeys(("p_q", "p_d", "p_x", "p_out"), {16: "*bf16", 32: "*fp32"}[bits])
+    pointers |= {"p_d": {8: "*i8", 2: "*u8"}[stored]} if stored else {}
     pointers |= {"p_codes": "*i32", "p_mask": "*u8", "p_floor": "*u8", "p_winners": "*i16"}
     sizes = ("tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n")
     strides = ("s_q", "s_d", "s_x", "s_out", "s_centroid", "s_g0", "s_g1")
@@ -37,7 +38,8 @@ def requests() -> dict[str, dict[str, Any]]:
     ) -> None:  # fmt: skip
         for arch in archs:
             found[f"triton maxsim {name} (sm_{arch})"] = {
-                "kernel": f"{MODULE}{kernel}", "signature": _signature(bits), "constants": constants, "arch": arch,
+                "kernel": f"{MODULE}{kernel}", "signature": _signature(bits, constants.get("BITS", 0)),
+                "constants": constants, "arch": arch,
                 "multiples_of_16": ["s_q", "s_d", "s_x", "s_out", "s_centroid"], "warps": warps, "stages": stages,
             }  # fmt: skip
 
@@ -52,6 +54,14 @@ def requests() -> dict[str, dict[str, Any]]:
         options = {"HAS_FLOOR": True, "MAXIMA": True, "WINNERS": True, "TOPK": 1}
         name = f"{TYPES[bits]} D{width or ' any'}"
         add(f"forward {name}", ":forward", bits, common | options, warps, stages, archs)
+        if width == 128:
+            listed = common | options | {"LIST": True, "BLOCK_Q": 32, "HAS_FLOOR": False}
+            add(f"forward list {name}", ":forward", bits, listed, 4, stages, archs)
+            quantised = common | options | {"WINNERS": False, "HAS_FLOOR": False, "BITS": 8}
+            add(f"forward int8 {name}", ":forward", bits, quantised, warps, stages, archs)
+        if bits == 32:
+            quantised = options | {"WINNERS": False, "HAS_FLOOR": False, "BITS": 2}
+            add(f"forward 2-bit {name}", ":forward", bits, common | quantised, warps, stages, archs)
         if width == 128 or bits == 32:
             several = options | {"TOPK": 4, "HAS_FLOOR": False}
             add(f"forward top-k {name}", ":forward", bits, common | several, warps, stages, archs)
@@ -63,10 +73,16 @@ def requests() -> dict[str, dict[str, Any]]:
         blocks = {"BLOCK_D": own, "BLOCK_Q": other}
         name = f"{TYPES[bits]} D{width}"
         add(f"grad_documents {name}", "_backward:grad_documents", bits, common | blocks, warps, stages)
+        if width == 128:
+            listed = {"LIST": True, "PER_TOKEN": True, "HAS_WEIGHTS": False, "TOPK": 2}
+            pairs = common | blocks | listed
+            add(f"grad_documents list {name}", "_backward:grad_documents", bits, pairs, warps, stages)
         common = {**common, "D_INV": True, "BITS": 0, "UNROLL": maxsim_backward.GATHER_UNROLL}
         del common["Q_INV"]
         common["BLOCK_Q"] = maxsim_backward.GATHER_ELEMENTS // width
         add(f"grad_queries {name}", "_backward:grad_queries", bits, common, 4, 3)
+        if width == 128:
+            add(f"grad_queries list {name}", "_backward:grad_queries", bits, common | listed, 4, 3)
     for (bits, width), (own, other, block_k, warps, stages) in maxsim_smooth.MAXSIM_SMOOTH_CONFIGS.items():
         common = {
             **GRADIENT, **FACTORS, **pieces(width, block_k), "HAS_MASK": True, "JACOBIAN": True, "D": width,
@@ -75,6 +91,9 @@ def requests() -> dict[str, dict[str, Any]]:
         name = f"{TYPES[bits]} D{width}"
         blocks = {"BLOCK_D": own, "BLOCK_Q": other}
         add(f"smooth_grad_documents {name}", "_smooth:grad_documents_smooth", bits, common | blocks, warps, stages)
+        if width == 128:
+            listed = common | blocks | {"LIST": True, "BLOCK_Q": 32}
+            add(f"smooth_grad_documents list {name}", "_smooth:grad_documents_smooth", bits, listed, warps, stages)
         blocks = {"BLOCK_Q": own, "BLOCK_D": other, "BITS": 0}
         add(f"smooth_grad_queries {name}", "_smooth:grad_queries_smooth", bits, common | blocks, warps, stages)
     norms = {"D": 128, "BITS": 0, "BLOCK": 16, "BLOCK_K": 128}

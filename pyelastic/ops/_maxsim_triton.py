@@ -240,6 +240,7 @@ class _Backward:
         width = min(max(table), max(16, p.power(dim)))
         own, other, *block_k, warps, stages = table[min(w for w in table if w >= width)]
         block_q, block_d = (own, other) if of_queries else (other, own)
+        block_q = min(block_q, 32) if smooth and p.listed else block_q  # 64 spill: the loop over pairs takes registers
         made = {
             "D": dim,
             "WIDTH": width,
