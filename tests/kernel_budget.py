@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import compiled
+import fira_budget
+import projection_budget
 
 BUDGET = Path(__file__).parent / "data" / "kernel_budget.json"
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -77,7 +79,7 @@ def triton_requests() -> dict[str, dict[str, Any]]:
                 "multiples_of_16": ["D", "s_row", "s_out_row"],
                 "arch": arch, "warps": 4, "stages": 3,
             }  # fmt: skip
-    return requests
+    return requests | projection_budget.requests() | fira_budget.requests()
 
 
 def _demangle(names: list[str]) -> dict[str, str]:
