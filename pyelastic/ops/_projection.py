@@ -53,6 +53,7 @@ class Kernels:
         self.dtype = statistics_dtype(x)
         self.on_cpu = x.device.type == "cpu"
         self.rows = CPU_ROWS if self.on_cpu else GPU_ROWS
+        self.most = self.rows + self.rows // 32  # with a short last chunk
 
     def forward(
         self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
@@ -87,6 +88,16 @@ class Kernels:
                 torch.addmm(out, *part, out=out)
 
 
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """``size`` rows each. A last one shorter than a 32nd joins the one before it: it would fill nothing, and below 16
+    rows the bits of MKL's products depend on the number of threads."""
+    first = 0
+    while first < rows:
+        last = rows if rows - first - size < size // 32 else first + size
+        yield slice(first, last)
+        first = last
+
+
 def rows_of(x: Tensor) -> Tensor:
     """Columns one element apart, which the kernels expect; rows may lie at any distance."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -113,10 +124,9 @@ def forward(
     if residual is not None and residual_weight is not None:
         r_w = k.operand(residual_weight, residual)
     added = None if residual is None or r_w is not None else rows_of(residual)
-    z = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
-    for first in range(0, rows, k.rows):
-        part = slice(first, min(first + k.rows, rows))
-        zc = z[: part.stop - first]
+    z = torch.empty(min(rows, k.most), d_out, dtype=k.dtype, device=x.device)
+    for part in chunks(rows, k.rows):
+        zc = z[: part.stop - part.start]
         k.add_product(zc, x[part], w.t(), fresh=True)
         if r_w is not None and residual is not None:
             k.add_product(zc, residual[part], r_w.t(), fresh=False)
@@ -154,12 +164,11 @@ def backward(
     d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
     d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
     w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
-    dz = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
+    dz = torch.empty(min(rows, k.most), d_out, dtype=k.dtype, device=x.device)
     rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]
     room = torch.empty(len(dz) * max(rounded, default=0), dtype=k.dtype, device=x.device)
-    for first in range(0, rows, k.rows):
-        part = slice(first, min(first + k.rows, rows))
-        d = dz[: part.stop - first]
+    for part in chunks(rows, k.rows):
+        d = dz[: part.stop - part.start]
         k.backward(grad[part], y[part], inverse[part] if normalize else None, d)
         if need_x:
             _store_product(k, d_x[part], d, w, room)

@@ -11,11 +11,12 @@ and backward, from the gradient ``g_i`` of ``y_i``::
 
 Shapes: x [..., d_in], weight [d_out, d_in], y [..., d_out]. Dtypes: float16, bfloat16, float32, the parameters in any
 of them, computed in float32, y in x's dtype; float64 in float64 (cpu, eager). Cost: 2 d_in d_out per row forward, 4
-backward; saved for backward: the inputs, y and one float per row. z of all rows never exists. With ``normalize`` and 16
-bits, the backward takes y as it was returned, rounded. Rows without a gradient cost nothing on the CPU where they are
-the most, as document rows that won nowhere in maxsim. On a GPU the forward's product has 16-bit operands where x and
-weight have one 16-bit dtype; those of the backward are float32 (TF32 if torch's settings allow it). Source: Clavie 2025
-(arXiv 2510.12327) for the heads; the kernels' contract: csrc/projection.h.
+backward; saved for backward: the inputs and, with ``normalize``, y and one float per row. z of all rows never exists.
+With ``normalize`` and 16 bits, the backward takes y as it was returned, rounded. Rows without a gradient cost nothing
+on the CPU where they are the most, as document rows that won nowhere in maxsim; there a NaN in such a row of x reaches
+y but no gradient. On a GPU the forward's product has 16-bit operands where x and weight have one 16-bit dtype; those of
+the backward are float32 (TF32 if torch's settings allow it). Source: Clavie 2025 (arXiv 2510.12327) for the heads; the
+kernels' contract: csrc/projection.h.
 """
 
 from __future__ import annotations
@@ -199,13 +200,15 @@ class _Projection(torch.autograd.Function):
         x, weight, _, residual, residual_weight, ctx.normalize = inputs
         ctx.backend = backend
         ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
-        ctx.save_for_backward(x, weight, residual, residual_weight, y, inverse)
+        # Not normalised, the backward does not read y, and the caller may change it in place.
+        ctx.save_for_backward(x, weight, residual, residual_weight, y if ctx.normalize else None, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, residual, residual_weight, y, inverse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:6])
+        y = grad if y is None else y
         made = _Backward.apply(
             ctx.backend, grad, x, weight, residual, residual_weight, y, inverse, ctx.normalize, needs
         )
