@@ -23,8 +23,8 @@ class LateInteraction(nn.Module):
         loss: ``"info_nce"``, ``"kl_distill"`` or ``"margin_mse"``; the last two take ``teacher_scores`` in ``forward``.
         options: further keyword arguments of the loss for every call, e.g. ``temperature``; ``forward`` takes them too.
 
-    Gradients of a document token that won nowhere are zero, and the last layer leaves such rows out of its backward where
-    they are the most: on the CPU it counts them, on a GPU the k-negatives layout bounds them by shape.
+    Gradients of a document token that won nowhere are zero, and the last layer leaves such rows out of its backward
+    where they are the most: on the CPU it counts them, on a GPU the k-negatives layout bounds them by shape.
     """
 
     def __init__(
