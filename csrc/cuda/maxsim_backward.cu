@@ -20,6 +20,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr std::int64_t kSumBytes = 72 << 10;  // two blocks an SM on sm_80, three on sm_90
 constexpr int kBatch = 4;                     // rows of the other side whose loads are in flight together
 constexpr std::int64_t kWantedBlocks = 512;   // two or more an SM
+constexpr std::int64_t kNoBytes = 16;         // of shared memory, where sums are elsewhere: asking for its address needs some
 
 // A pointer's elements as floats; Any reads whatever a side is stored as.
 struct Any {};
@@ -288,7 +289,7 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
   if (of_queries) {
     if (p.q.total == 0) return;
     const int warps = warps_for(p.dim, room);
-    const auto bytes = static_cast<std::size_t>(room ? 0 : warps * p.dim * 4);
+    const auto bytes = static_cast<std::size_t>(room ? kNoBytes : warps * p.dim * 4);
     visit_rows(p.d, [&](auto e) {
       LAUNCH((queries<typename decltype(e)::type>), blocks_of(p.q.total, warps), static_cast<unsigned>(warps * 32),
              bytes, stream, p, g, query_of, share, winners, order, out);
@@ -303,7 +304,7 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
   if (tiles < wanted) tiles = wanted < (longest + kWarps - 1) / kWarps ? wanted : (longest + kWarps - 1) / kWarps;
   if (tiles < (longest + most - 1) / most) tiles = (longest + most - 1) / most;
   const std::int64_t rows = (longest + tiles - 1) / tiles;
-  const auto bytes = static_cast<std::size_t>(room ? 0 : rows * p.dim * 4);
+  const auto bytes = static_cast<std::size_t>(room ? kNoBytes : rows * p.dim * 4);
   visit_rows(p.q, [&](auto e) {
     LAUNCH((documents<typename decltype(e)::type>), static_cast<unsigned>(p.d.count * tiles), kThreads, bytes, stream, p,
            g, query_of, share, winners, order, tiles, static_cast<int>(rows), out);
@@ -316,7 +317,7 @@ void maxsim_backward_smooth(const MaxSimProblem& p, bool of_queries, const MaxSi
   const std::int64_t total = of_queries ? p.q.total : p.d.total;
   if (total == 0) return;
   const int warps = warps_for(p.dim, out.room != nullptr);
-  const auto bytes = static_cast<std::size_t>(out.room != nullptr ? 0 : warps * p.dim * 4);
+  const auto bytes = static_cast<std::size_t>(out.room != nullptr ? kNoBytes : warps * p.dim * 4);
   const auto per_tau = static_cast<float>(1.4426950408889634 / p.temperature);
   const unsigned blocks = blocks_of(total, warps), threads = static_cast<unsigned>(warps * 32);
   if (of_queries) {
