@@ -167,16 +167,27 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t pair = listed ? order.order[n] : 0, i = listed ? p.pair_q[pair] : 0;
     const std::int64_t begin = listed ? p.q.offsets[i] : 0, tokens = listed ? p.q.offsets[i + 1] - begin : p.q.total;
     const std::int64_t at = listed ? pair * p.max_q : j * p.q.total;
+    // Read one step ahead: the sums' addresses may be anything to the compiler, so it would not.
+    float next_c = 0;
+    int next_t = -1;
+    const auto fetch = [&](std::int64_t s) {
+      next_c = 0;
+      next_t = -1;
+      if (s >= tokens) return;
+      const std::int64_t query = listed ? i : query_of[s];
+      next_c = coefficient(p, g, query, j, pair, begin + s, at + s) * part;
+      next_t = winner(w, at + s);
+    };
+    fetch(lane);
     for (std::int64_t s0 = 0; s0 < tokens; s0 += 32) {
       const std::int64_t s = s0 + lane;
-      const bool inside = s < tokens;
-      float c = 0;
-      if (inside) {
-        const std::int64_t query = listed || query_of == nullptr ? i : query_of[s];
-        c = coefficient(p, g, query, j, pair, begin + s, at + s) * part;
-      }
+      const float c = next_c;
+      const int first_t = next_t;
+      fetch(s + 32);
       for (int level = 0; level < levels; ++level) {
-        const int t = inside ? winner(w, level * plane_size(p) + at + s) - static_cast<int>(row0) : -1;
+        int t = first_t;
+        if (level > 0) t = s < tokens ? winner(w, level * plane_size(p) + at + s) : -1;
+        t = t < 0 ? -1 : t - static_cast<int>(row0);
         const bool own = t >= 0 && t < here && t % kWarps == warp && c != 0;
         const unsigned mine = __ballot_sync(kAllLanes, own);
         if (mine == 0) continue;
