@@ -107,7 +107,9 @@ def _narrow(data: np.ndarray, dtype: Any) -> Any:
 def _binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
     if _is_bfloat16(lhs) or _is_bfloat16(rhs):
         return _narrow(op(_widen(lhs), _widen(rhs)), lhs.dtype.scalar)
-    return _original[BUILDER, "binary_op"](self, lhs, rhs, op)
+    made = _original[BUILDER, "binary_op"](self, lhs, rhs, op)
+    # A comparison is said to have its operands' type, and would be an integer once broadcast: refused as a mask.
+    return interpreter.TensorHandle(made.data, tl.int1) if made.data.dtype == np.bool_ else made
 
 
 def _unary_op(self: Any, arg: Any, op: Any) -> Any:

@@ -34,7 +34,10 @@ from pyelastic.eager import maxsim as eager
 from pyelastic.eager.maxsim import statistics_dtype
 from pyelastic.ops import _maxsim_cpu as cpu
 from pyelastic.ops import _maxsim_cuda as cuda
+from pyelastic.ops import _maxsim_triton as triton
+from pyelastic.ops import _triton
 from pyelastic.ops._maxsim_layout import (
+    DTYPES,
     OP,
     Inputs,
     Problem,
@@ -301,7 +304,7 @@ OPS = {
         _library.define(f"{OP}_fwd", name, _FORWARD, launcher.forward, _fake_forward),
         _library.define(f"{OP}_bwd", name, _BACKWARD, launcher.backward, _fake_backward),
     )
-    for name, launcher in (("cpu", cpu), ("cuda", cuda))
+    for name, launcher in (("cpu", cpu), ("cuda", cuda), ("triton", triton))
 }
 
 
@@ -429,13 +432,18 @@ def _cuda_why_not(call: Call) -> str | None:
     return missing or _combination_why_not(call) or _extension.cuda_why_not(str(call.device))
 
 
+def _triton_why_not(call: Call) -> str | None:
+    dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
+    return dtype or _combination_why_not(call) or _triton.why_not(str(call.device), "queries", OP, "forward")
+
+
 _ALL = ("float16", "bfloat16", "float32", "float64")
 _SINGLE = _ALL[:3]
 
 _dispatch.register(
     OP,
     _dispatch.Backend("cuda", _run("cuda"), _cuda_why_not, _SINGLE, label="emulated; not yet run on a GPU"),
-    _dispatch.not_implemented("triton", "the kernels are being written"),
+    _dispatch.Backend("triton", _run("triton"), _triton_why_not, _ALL[:3], label="interpreted; not yet run on a GPU"),
     _dispatch.Backend("cpu", _run("cpu"), _cpu_why_not, _ALL, label="tested on CPU"),
     _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
     make_call=_make_call,

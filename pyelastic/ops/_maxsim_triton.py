@@ -1,0 +1,380 @@
+"""Launcher of maxsim's Triton kernels (triton_kernels/maxsim*.py): [tokens]-sized preparation, grids and scratch.
+
+Same raw ops as _maxsim_cpu. Nothing here synchronises: offsets, pairs and masks stay on the device.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyelastic.ops._maxsim_cpu import CHUNK_BYTES
+from pyelastic.ops._maxsim_layout import Inputs
+
+PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measured
+SPLIT_ROWS = 16  # documents that a share of a tile of query tokens has at least
+
+
+def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
+    from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_smooth
+
+    return maxsim, maxsim_backward, maxsim_smooth
+
+
+def _guard(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Columns one element apart, which the kernels expect; rows may lie at any distance."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _pieces(dim: int, most: int, block: int) -> dict[str, Any]:
+    """A dimension of up to ``most`` as three powers of two at most, the last with room to spare; else a loop of ``block``."""
+    if dim > most:
+        return {"W0": block, "W1": 0, "W2": 0, "HOLD": False}
+    widths, rest = [], dim
+    for _ in range(2):
+        widths.append(max(16, 1 << (rest.bit_length() - 1)) if rest > 0 else 0)
+        rest -= widths[-1]
+    widths.append(max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0)
+    return dict(zip(("W0", "W1", "W2"), widths, strict=True)) | {"HOLD": True}
+
+
+class _Problem:
+    """A call's tensors as the kernels take them, and their configurations."""
+
+    def __init__(self, x: Inputs) -> None:
+        import triton
+        import triton.language as tl
+
+        self.x, self.cdiv, self.power = x, triton.cdiv, triton.next_power_of_2
+        self.forward_kernels, self.backward_kernels, self.smooth_kernels = _kernels()
+        self.queries, self.documents = _rows(x.queries.detach()), _rows(x.documents.detach())
+        self.device = self.queries.device
+        self.bits = 8 if x.d_scale is not None else 0
+        if x.buckets is not None:
+            self.bits = 2 if x.buckets.shape[0] == 4 else 4
+        # int8 is exact in every floating type; decoded residuals are not in 16 bits.
+        same = self.queries.dtype == self.documents.dtype or self.bits == 8
+        half = same and self.queries.dtype != torch.float32
+        self.operand_bits = 16 if half else 32
+        types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+        self.operand = types[self.queries.dtype] if half else tl.float32
+        self.listed = x.pair_q is not None
+        self.rows = x.pair_q.shape[0] if x.pair_q is not None else x.d_offsets.shape[0] - 1
+        self.tokens = self.queries.shape[0]
+        self.width = x.max_q if self.listed else self.tokens
+        none = self.queries  # where a kernel looks at nothing
+        self.pair_q = none if x.pair_q is None else x.pair_q.contiguous()
+        self.pair_d = none if x.pair_d is None else x.pair_d.contiguous()
+        self.mask = none if x.d_mask is None else x.d_mask.contiguous().view(torch.uint8)
+        self.floor = none if x.floor is None else x.floor.contiguous().view(torch.uint8)
+        self.weights = none if x.weights is None else x.weights.float().contiguous()
+        self.scale = None if x.d_scale is None else x.d_scale.contiguous()
+        codec = (x.codes, x.centroids, x.buckets)
+        self.codec = tuple(none if t is None else t.contiguous() for t in codec)
+        self.strides = (self.queries.stride(0), self.documents.stride(0), self.codec[1].stride(0))
+
+    def inverse_norms(self) -> tuple[Tensor, Tensor]:
+        """1 / |x| [planes, tokens] of both sides."""
+        made = []
+        for tokens, codec, bits in ((self.queries, (self.queries,) * 3, 0), (self.documents, self.codec, self.bits)):
+            n = tokens.shape[0]
+            out = torch.empty(self.x.planes, n, device=self.device)
+            for plane, width in enumerate(self.x.prefixes if n else ()):
+                self.forward_kernels.inverse_norms[(self.cdiv(n, 16),)](
+                    tokens, *codec, out[plane], n, tokens.stride(0), codec[1].stride(0), D=width, BITS=bits, BLOCK=16,
+                    BLOCK_K=min(256, self.power(width)), num_warps=4,
+                )  # fmt: skip
+            made.append(out)
+        return made[0], made[1]
+
+    def factors(self, q_inv: Tensor | None, d_inv: Tensor | None, plane: int) -> tuple[Tensor, Tensor, dict[str, bool]]:
+        """The tokens' factors and which there are; int8 tokens that are not normalised have their scales."""
+        q = None if q_inv is None else q_inv[plane]
+        d = self.scale if d_inv is None else d_inv[plane]
+        there = {"Q_INV": q is not None, "D_INV": d is not None}
+        return self.queries if q is None else q, self.queries if d is None else d, there
+
+    def configure(self, dim: int) -> tuple[int, dict[str, Any]]:
+        """Tiles of query tokens, and the constexpr arguments of a kernel that computes similarities."""
+        k, bits = self.forward_kernels, self.operand_bits
+        held = [width for b, width in k.MAXSIM_CONFIGS if b == bits and width >= dim]
+        block_q, block_d, warps, stages = k.MAXSIM_CONFIGS[bits, min(held, default=0)]
+        block_q = min(block_q, max(16, self.power(self.width)))
+        most = max(width for b, width in k.MAXSIM_CONFIGS if b == bits)
+        return self.cdiv(self.width, block_q), {
+            **self.flags(),
+            **_pieces(dim, most, k.BLOCK_K),
+            "D": dim,
+            "BITS": self.bits,
+            "OPERAND": self.operand,
+            "BLOCK_Q": block_q,
+            "BLOCK_D": min(block_d, max(16, self.power(self.x.max_d))),
+            "num_warps": warps if block_q > 32 else min(warps, 4),
+            "num_stages": stages,
+        }
+
+    def flags(self) -> dict[str, bool]:
+        return {"LIST": self.listed, "HAS_MASK": self.x.d_mask is not None}
+
+    def forward(
+        self, plane: int, q_inv: Tensor | None, d_inv: Tensor | None, maxima: Tensor | None, winners: Tensor | None,
+        first: int = 0, offsets: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Maxima [rows, width] and winners [k, rows, width] of a plane; `offsets`: of documents first .. alone."""
+        x = self.x
+        offsets = x.d_offsets if offsets is None else offsets
+        rows = self.rows if self.listed else offsets.shape[0] - 1
+        tiles, constants = self.configure(x.prefixes[plane])
+        if rows * tiles == 0:
+            return
+        q, d, there = self.factors(q_inv, d_inv, plane)
+        inputs = (self.queries, self.documents, *self.codec, q, d, x.q_offsets, offsets, self.mask)
+        if x.temperature > 0:
+            self.smooth_kernels.forward_smooth[(rows * tiles,)](
+                *inputs, self.pair_q, self.pair_d, maxima, self.tokens, self.width, tiles, *self.strides, x.temperature,
+                **there, **constants,
+            )  # fmt: skip
+            return
+        floor = self.floor if x.floor is None else self.floor[first:]
+        nothing = self.queries
+        self.forward_kernels.forward[(rows * tiles,)](
+            *inputs, floor, self.pair_q, self.pair_d, nothing if maxima is None else maxima,
+            nothing if winners is None else winners, self.tokens, rows, self.width, tiles, *self.strides,
+            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=x.topk,
+            **there, **constants,
+        )  # fmt: skip
+
+    def sum_tokens(self, maxima: Tensor, scores: Tensor) -> None:
+        """Scores [Nq, Nd] or [P] from one plane of maxima."""
+        count = self.rows if self.listed else self.x.q_offsets.shape[0] - 1
+        rows = 1 if self.listed else self.rows
+        if count * rows == 0:
+            return
+        block = max(1, min(16, self.power(count)))
+        blocks = self.cdiv(count, block)
+        self.forward_kernels.sum_tokens[(rows * blocks,)](
+            maxima, self.weights, self.x.q_offsets, self.pair_q, scores, count, blocks, rows, self.width, self.x.max_q,
+            LIST=self.listed, HAS_WEIGHTS=self.x.weights is not None, BLOCK_N=block,
+            BLOCK=max(1, min(64, self.power(self.x.max_q))), num_warps=4,
+        )  # fmt: skip
+
+    def order(self, of_queries: bool) -> tuple[Tensor, Tensor]:
+        """A list's pairs by query or by document, and where each one's begin."""
+        if not self.listed:
+            return self.queries, self.queries
+        index = self.pair_q if of_queries else self.pair_d
+        count = (self.x.q_offsets if of_queries else self.x.d_offsets).shape[0]
+        ordered, order = torch.sort(index, stable=True)
+        return order, torch.searchsorted(ordered, torch.arange(count, device=self.device))
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The raw op ``maxsim_fwd.triton``; results as ``maxsim_fwd.cpu``."""
+    *rest, per_token, save = arguments
+    x = Inputs(*rest)
+    with _guard(x.queries.device):
+        p = _Problem(x)
+        q_inv, d_inv = p.inverse_norms() if x.normalize else (None, None)
+        smooth, empty = x.temperature > 0, torch.empty(0, device=p.device)
+        keeps = per_token or (save and smooth)
+        scores = empty if per_token else torch.empty(x.score_shape(), device=p.device)
+        maxima = torch.empty(x.token_shape(x.planes if keeps else 1), device=p.device)
+        there = save and not smooth
+        winners = torch.empty(x.token_shape(x.winner_planes) if there else (0,), dtype=x.winner_dtype, device=p.device)
+        for plane in range(x.planes):
+            m = maxima[plane if keeps else 0]
+            p.forward(plane, q_inv, d_inv, m, winners[plane : plane + x.topk] if there else None)
+            if not per_token:
+                p.sum_tokens(m, scores[plane])
+        return (
+            scores, maxima if keeps else empty, winners, empty if q_inv is None else q_inv,
+            empty if d_inv is None else d_inv,
+        )  # fmt: skip
+
+
+class _Backward:
+    """The launches of a backward pass."""
+
+    def __init__(self, p: _Problem, q_inv: Tensor | None, d_inv: Tensor | None, per_token: bool) -> None:
+        self.p, self.q_inv, self.d_inv, self.per_token = p, q_inv, d_inv, per_token
+        x = p.x
+        self.query_of = torch.searchsorted(x.q_offsets, torch.arange(p.tokens, device=p.device), right=True) - 1
+        self.by_query, self.by_document = p.order(True), p.order(False)
+
+    def flags(self, plane: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        q, d, there = self.p.factors(self.q_inv, self.d_inv, plane)
+        weights = self.p.x.weights is not None and not self.per_token
+        return q, d, there | {"LIST": self.p.listed, "PER_TOKEN": self.per_token, "HAS_WEIGHTS": weights}
+
+    def splits(self, programs: int, rows: int) -> int:
+        """Programs that share a tile of query tokens: enough to fill a GPU, from shapes alone."""
+        each = rows // max(1, self.p.x.q_offsets.shape[0] - 1) if self.p.listed else rows
+        return max(1, min(PROGRAMS // programs, self.p.cdiv(each, SPLIT_ROWS)))
+
+    def accumulating(self, dim: int, of_queries: bool) -> dict[str, Any]:
+        """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; blocks shrink with the problem."""
+        p, x = self.p, self.p.x
+        smooth = x.temperature > 0
+        table = p.smooth_kernels.MAXSIM_SMOOTH_CONFIGS if smooth else p.backward_kernels.MAXSIM_BACKWARD_CONFIGS
+        table = {width: config for (bits, width), config in table.items() if bits == p.operand_bits}
+        width = min(max(table), max(16, p.power(dim)))
+        own, other, warps, stages = table[min(w for w in table if w >= width)]
+        block_q, block_d = (own, other) if of_queries else (other, own)
+        made = {
+            "D": dim,
+            "WIDTH": width,
+            "BLOCK_Q": min(block_q, max(16, p.power(x.max_q if p.listed else p.tokens))),
+            "BLOCK_D": min(block_d, max(16, p.power(x.max_d))),
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        if smooth:
+            pieces = _pieces(dim, max(table), p.forward_kernels.BLOCK_K)
+            made |= pieces | {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
+        return made
+
+    def queries(self, plane: int, grad: Tensor, saved: Tensor, offsets: Tensor, out: Tensor, add: bool) -> None:
+        """dQ of one plane into out; offsets: of the documents that the rows of grad and saved are."""
+        p, x = self.p, self.p.x
+        dim, rows = x.prefixes[plane], p.rows if p.listed else offsets.shape[0] - 1
+        q, d, flags = self.flags(plane)
+        smooth = x.temperature > 0
+        if smooth:
+            constants = self.accumulating(dim, True) | {"BITS": p.bits}
+        else:
+            width = max(16, p.power(dim))
+            block = max(1, min(p.backward_kernels.GATHER_ELEMENTS // width, p.power(p.width)))
+            constants = {
+                "TOPK": x.topk, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
+                "UNROLL": p.backward_kernels.GATHER_UNROLL, "num_warps": 4,
+            }  # fmt: skip
+            del flags["Q_INV"]
+        tiles = p.cdiv(p.width, constants["BLOCK_Q"])
+        programs = tiles * (x.q_offsets.shape[0] - 1 if p.listed else 1)
+        if programs == 0:
+            return
+        splits, chunks = self.splits(programs, rows), p.cdiv(dim, constants["WIDTH"])
+        # Rows of which one program has only a part are finished by another kernel.
+        whole, jacobian = splits == 1 and chunks == 1, self.q_inv is not None
+        parts = out if whole else torch.empty(splits, p.tokens, dim, device=p.device)
+        flags |= {"JACOBIAN": jacobian and whole, "ADD": add and whole}
+        inputs = (p.queries, p.documents, *p.codec, q, d, x.q_offsets, offsets)
+        order = (p.pair_d, *self.by_query)
+        shared = (grad, p.weights, self.query_of, saved, parts, p.tokens, rows, p.width, tiles, splits, *p.strides,
+                  *_strides(grad), parts.stride(-2))  # fmt: skip
+        if smooth:
+            p.smooth_kernels.grad_queries_smooth[(programs, splits, chunks)](
+                *inputs, p.mask, *order, *shared, x.temperature, **flags, **constants
+            )
+        else:
+            p.backward_kernels.grad_queries[(programs, splits)](*inputs, *order, *shared, **flags, **constants)
+        if not whole:
+            self.finish(parts, p.queries, q, out, jacobian, add)
+
+    def documents(self, plane: int, grad: Tensor, saved: Tensor, offsets: Tensor, out: Tensor, add: bool) -> None:
+        """dD of one plane, of the documents with these offsets, into their rows of out."""
+        p, x = self.p, self.p.x
+        dim, count = x.prefixes[plane], offsets.shape[0] - 1
+        rows = p.rows if p.listed else count
+        q, d, flags = self.flags(plane)
+        constants = self.accumulating(dim, False)
+        tiles, chunks = p.cdiv(x.max_d, constants["BLOCK_D"]), p.cdiv(dim, constants["WIDTH"])
+        if count * tiles == 0:
+            return
+        jacobian = self.d_inv is not None
+        whole = chunks == 1 or not jacobian
+        # Zeros: another chunk's documents have rows there, which must not be added to.
+        parts = out if whole else torch.zeros(1, out.shape[0], dim, device=p.device)
+        flags |= {"JACOBIAN": jacobian and whole, "ADD": add and whole}
+        shared = (p.pair_q, *self.by_document, grad, p.weights, self.query_of, saved, parts, p.tokens, rows, p.width,
+                  tiles, chunks, *p.strides[:2], *_strides(grad), parts.stride(-2))  # fmt: skip
+        grid = (count * tiles * chunks,)
+        if x.temperature > 0:
+            p.smooth_kernels.grad_documents_smooth[grid](
+                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, x.temperature, **flags, **constants
+            )
+        else:
+            del flags["D_INV"]
+            p.backward_kernels.grad_documents[grid](
+                p.queries, p.documents, q, d, x.q_offsets, offsets, *shared, TOPK=x.topk, **flags, **constants
+            )
+        if not whole:
+            self.finish(parts, p.documents, d, out, jacobian, True)
+
+    def finish(self, parts: Tensor, tokens: Tensor, inverse: Tensor, out: Tensor, jacobian: bool, add: bool) -> None:
+        p, (count, n, dim) = self.p, parts.shape
+        width = max(16, p.power(dim))
+        block = max(1, p.backward_kernels.GATHER_ELEMENTS // width)
+        p.backward_kernels.finish_rows[(p.cdiv(n, block),)](
+            parts, tokens, inverse, out, n, count, tokens.stride(0), out.stride(0), D=dim, INV=jacobian, ADD=add,
+            BLOCK=block, WIDTH=width, num_warps=4,
+        )  # fmt: skip
+
+
+def _strides(grad: Tensor) -> tuple[int, int]:
+    """Of one plane: queries, or pairs, and documents; rows and columns if per token."""
+    return grad.stride(0), grad.stride(1) if grad.ndim > 1 else 0
+
+
+def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The raw op ``maxsim_bwd.triton``: dq and dd as ``maxsim_bwd.cpu``."""
+    *rest, maxima, winners, q_inv, d_inv, grad, per_token, need_queries, need_documents = arguments
+    x = Inputs(*rest)
+    with _guard(x.queries.device):
+        p = _Problem(x)
+        q_inv, d_inv = (q_inv, d_inv) if x.normalize else (None, None)
+        steps = _Backward(p, q_inv, d_inv, per_token)
+        smooth = x.temperature > 0
+        saved = maxima if smooth else winners
+        count, dim = x.d_offsets.shape[0] - 1, p.queries.shape[1]
+        chunk = max(1, count)
+        if saved.numel() == 0 and not p.listed:
+            planes, _, tokens = x.token_shape(x.winner_planes)
+            chunk = min(chunk, max(1, CHUNK_BYTES // max(1, planes * tokens * (4 if smooth else winners.itemsize))))
+        grad = _shared(x, grad.float(), per_token)
+        # What several launches add to is float32 until the end.
+        several_q, several_d = x.planes > 1 or chunk < count, x.planes > 1
+        like_q, like_d = p.queries[: p.tokens * need_queries], p.documents[: p.documents.shape[0] * need_documents]
+        d_q = torch.zeros_like(like_q, dtype=torch.float32) if several_q else torch.empty_like(like_q)
+        d_d = torch.zeros_like(like_d, dtype=torch.float32) if several_d else torch.empty_like(like_d)
+        for first in range(0, max(1, count), chunk):
+            offsets = x.d_offsets[first : first + chunk + 1]
+            g = grad
+            if chunk < count:
+                g = grad.narrow(1 if per_token else 2, first, offsets.shape[0] - 1)
+            won = saved
+            if saved.numel() == 0:
+                shape = list(x.token_shape(x.winner_planes))
+                shape[1] = shape[1] if p.listed else offsets.shape[0] - 1
+                won = torch.empty(shape, dtype=torch.float32 if smooth else x.winner_dtype, device=p.device)
+            for plane in range(x.planes):
+                mine = won[plane] if smooth else won[plane : plane + x.topk]
+                if saved.numel() == 0:
+                    p.forward(plane, q_inv, d_inv, mine if smooth else None, None if smooth else mine, first, offsets)
+                if need_queries:
+                    steps.queries(plane, g[plane], mine, offsets, d_q, several_q)
+                if need_documents:
+                    steps.documents(plane, g[plane], mine, offsets, d_d, several_d)
+        return d_q.to(p.queries.dtype), d_d.to(p.documents.dtype)
+
+
+def _shared(x: Inputs, grad: Tensor, per_token: bool) -> Tensor:
+    """The gradient of each of the k winners of a mean, of which there may be fewer than topk."""
+    if x.topk == 1:
+        return grad
+    counts = x.d_offsets[1:] - x.d_offsets[:-1]
+    if x.d_mask is not None:
+        running = torch.cat((x.d_offsets[:1], x.d_mask.to(torch.int64).cumsum(0)))
+        counts = running[x.d_offsets[1:]] - running[x.d_offsets[:-1]]
+    counts = counts.clamp(1, x.topk)
+    if x.pair_d is not None:
+        counts = counts[x.pair_d]
+    return grad / (counts[:, None] if per_token else counts)
