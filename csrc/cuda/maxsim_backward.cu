@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 2;  // else ptxas stops at 64 or 80 registers and spills
 constexpr std::int64_t kSumBytes = 72 << 10;  // two blocks an SM on sm_80, three on sm_90
 constexpr int kBatch = 4;                     // rows of the other side whose loads are in flight together
 constexpr std::int64_t kWantedBlocks = 512;   // two or more an SM
@@ -148,7 +149,7 @@ __device__ __forceinline__ void clear_row(float* sum, std::int64_t dim) {
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     documents(MaxSimProblem p, Upstream g, const std::int64_t* query_of /* [q.total] */, const float* share, Winners w,
               PairOrder order, std::int64_t tiles, int rows /* of a tile */, MaxSimOutput out) {
   DYN_SHARED(float, shared);
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     queries(MaxSimProblem p, Upstream g, const std::int64_t* query_of, const float* share, Winners w, PairOrder order,
             MaxSimOutput out) {
   DYN_SHARED(float, shared);
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp owns a token of either side: it adds c exp((s - m) / tau) times each of the other side's unit rows.
 template <bool kOfQueries>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     smooth(MaxSimProblem p, Upstream g, const float* maxima, PairOrder order, float per_tau, MaxSimOutput out) {
   DYN_SHARED(float, shared);
   const Tokens& own = kOfQueries ? p.q : p.d;
@@ -316,7 +317,7 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
   if (tiles < (longest + most - 1) / most) tiles = (longest + most - 1) / most;
   const std::int64_t rows = (longest + tiles - 1) / tiles;
   const auto bytes = static_cast<std::size_t>(room ? kNoBytes : rows * p.dim * 4);
-  visit_rows(p.q, [&](auto e) {
+  visit_dtype(p.q.dtype, [&](auto e) {
     LAUNCH((documents<typename decltype(e)::type>), static_cast<unsigned>(p.d.count * tiles), kThreads, bytes, stream, p,
            g, query_of, share, winners, order, tiles, static_cast<int>(rows), out);
   });

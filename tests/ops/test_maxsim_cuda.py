@@ -14,7 +14,7 @@ from pyelastic.ops import _maxsim_cuda as launcher
 
 pytestmark = pytest.mark.skipif("cuda" not in backends.implemented(OP), reason="no GPU and no emulator")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# csrc/cuda/maxsim_sweep.cuh: a small tile of queries up to 64 tokens, then 128; 64 document tokens; 128 bytes of d.
+# csrc/cuda/maxsim_sweep.cuh: a small tile of queries up to 64 tokens, then 128 (64 in float32); 64 document tokens.
 SMALL, LARGE, TILE_N = 32, 128, 64
 
 
