@@ -1,12 +1,13 @@
 // maxsim's backward on CUDA. Contract: ../maxsim.h.
 //
-// A row of a gradient is owned by one warp, which adds the winners' rows of the other side in their order into sums in shared
-// memory, and stores the row once, the normalisation's Jacobian applied: no atomics, no sort, the same bits each time.
-//   documents: a block owns up to kSumBytes of one document's rows, row t belonging to warp t mod kWarps. A lane looks at a
-//     query token's winner, the warp walks through those it owns. Winners are 2 bytes of coalesced reads per row tile.
+// A row of a gradient is owned by one warp, which adds the winners' rows of the other side in their order into sums in
+// shared memory, and stores the row once, the normalisation's Jacobian applied: no atomics, no sort, the same bits each
+// time.
+//   documents: a block owns up to kSumBytes of one document's rows, row t belonging to warp t mod kWarps. A lane looks at
+//     a query token's winner, the warp walks through those it owns.
 //   queries: a warp owns a query token; a lane looks at a document's winner.
-// Bytes per winner: its row of the other side (2 d at 16 bits) from L2, and 8 d of shared memory. The smooth maximum computes
-// similarities again, 4 d operations each, without tensor cores: simple, and rarely used.
+// Bytes per winner: its row of the other side (2 d at 16 bits) from L2, and 8 d of shared memory. The smooth maximum
+// computes similarities again, 4 d operations each, without tensor cores: simple, and rarely used.
 #include <type_traits>
 
 #include "maxsim_tile.cuh"
@@ -21,7 +22,7 @@ constexpr int kBlocksPerSm = 2;  // else ptxas stops at 64 or 80 registers and s
 constexpr std::int64_t kSumBytes = 72 << 10;  // two blocks an SM on sm_80, three on sm_90
 constexpr int kBatch = 4;                     // rows of the other side whose loads are in flight together
 constexpr std::int64_t kWantedBlocks = 512;   // two or more an SM
-constexpr std::int64_t kNoBytes = 16;         // of shared memory, where sums are elsewhere: asking for its address needs some
+constexpr std::int64_t kNoBytes = 16;         // sums are elsewhere; asking for shared memory's address needs some
 
 // A pointer's elements as floats; Any reads whatever a side is stored as.
 struct Any {};
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         const unsigned mine = __ballot_sync(kAllLanes, own);
         if (mine == 0) continue;
         const std::int64_t from = own ? begin + s : 0;
-        add_rows(queries, mine, from, own ? c * inverse_norm(p.q_inv, from) : 0.0f, sums + (own ? t : 0) * p.dim, p.dim);
+        const float factor = own ? c * inverse_norm(p.q_inv, from) : 0.0f;
+        add_rows(queries, mine, from, factor, sums + (own ? t : 0) * p.dim, p.dim);
       }
     }
   }
@@ -309,17 +311,18 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
     return;
   }
   if (longest == 0 || p.d.count == 0) return;
-  // Tiles as even as they can be, small enough for many blocks and to fit.
-  std::int64_t most = room ? longest : kSumBytes / (4 * p.dim);
-  const std::int64_t wanted = (kWantedBlocks + p.d.count - 1) / p.d.count;
-  std::int64_t tiles = (longest + most - 1) / most;
-  if (tiles < wanted) tiles = wanted < (longest + kWarps - 1) / kWarps ? wanted : (longest + kWarps - 1) / kWarps;
-  if (tiles < (longest + most - 1) / most) tiles = (longest + most - 1) / most;
+  // Tiles as even as they can be: enough that they fit, and for many blocks, of at least a row a warp.
+  const auto parts = [](std::int64_t of, std::int64_t each) { return (of + each - 1) / each; };
+  const std::int64_t fitting = room ? 1 : parts(longest, kSumBytes / (4 * p.dim));
+  std::int64_t tiles = parts(kWantedBlocks, p.d.count);
+  if (tiles > parts(longest, kWarps)) tiles = parts(longest, kWarps);
+  if (tiles < fitting) tiles = fitting;
   const std::int64_t rows = (longest + tiles - 1) / tiles;
   const auto bytes = static_cast<std::size_t>(room ? kNoBytes : rows * p.dim * 4);
   visit_dtype(p.q.dtype, [&](auto e) {
-    LAUNCH((documents<typename decltype(e)::type>), static_cast<unsigned>(p.d.count * tiles), kThreads, bytes, stream, p,
-           g, query_of, share, winners, order, tiles, static_cast<int>(rows), out);
+    const auto blocks = static_cast<unsigned>(p.d.count * tiles);
+    LAUNCH((documents<typename decltype(e)::type>), blocks, kThreads, bytes, stream, p, g, query_of, share, winners,
+           order, tiles, static_cast<int>(rows), out);
   });
 }
 

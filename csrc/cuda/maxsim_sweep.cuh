@@ -1,10 +1,11 @@
 // maxsim's forward on CUDA: one kernel over tiles, for each engine (maxsim_tile.cuh) and aggregate below. Contract:
 // ../maxsim.h.
 //
-// Blocking: a block holds consecutive query tokens, of several queries if they are short: 128 of them (64 in float32), or 32
-// for short queries of a list and for few tokens in all. It walks over some documents in tiles of 64 tokens, of one document each, so that a
-// document is read from L2 once for 128 query tokens. Tiles flow through kStages buffers filled by cp.async, without a
-// stop between documents. A thread keeps the running aggregate of its own columns; lanes meet once a document.
+// Blocking: a block holds consecutive query tokens, of several queries if they are short: 128 of them (64 in float32), or
+// 32 for short queries of a list and for few tokens in all. It walks over some documents in tiles of 64 tokens, of one
+// document each, so that a document is read from L2 once for 128 query tokens. Tiles flow through kStages buffers filled
+// by cp.async, without a stop between documents. A thread keeps the running aggregate of its own columns; lanes meet
+// once a document.
 // Bytes a tile of d from L2: 64 d elements for 2 * 128 * 64 * d operations. Shared memory at 16 bits and d = 128:
 // 37 KB of queries, which stay, and 37 KB of stages.
 #pragma once
@@ -61,8 +62,8 @@ __device__ __forceinline__ float query_factor(const MaxSimProblem& p, std::int64
   return p.q_inv == nullptr ? 1.0f : static_cast<const float*>(p.q_inv)[token];
 }
 
-// Makes a thread's sums similarities: the documents' factors, and -inf in columns that do not count. Bit c of the result:
-// whether column c does.
+// Makes a thread's sums similarities: the documents' factors, and -inf in columns that do not count. Bit c of the
+// result: whether column c does.
 template <class Engine>
 __device__ __forceinline__ std::uint32_t finish_tile(const MaxSimProblem& p, const Columns& columns,
                                                      typename Engine::Sums& s) {
@@ -223,8 +224,8 @@ struct Smooth {
   }
 };
 
-// The mean of the k largest. A tile of similarities goes to shared memory, where one lane per row sorts it into the row's
-// list: simple, and slower than the maximum.
+// The mean of the k largest. A tile of similarities goes to shared memory, where one lane per row sorts it into the
+// row's list: simple, and slower than the maximum.
 template <class Engine>
 struct TopK {
   static constexpr int kStride = kTileN + 1;
