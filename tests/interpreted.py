@@ -30,6 +30,7 @@ PATCHED = {
               "set_grid_dim"),
     interpreter.ReduceOps: ("sum", "min_max"),
     interpreter.GridExecutor: ("_init_args_hst", "__call__"),
+    interpreter.InterpretedFunction: ("__call__",),
 }  # fmt: skip
 _original: dict[tuple[type, str], Any] = {}
 _order = random.Random(0)
@@ -200,8 +201,10 @@ class _Launch:
         self.program = 0
         self.sequence: list[int] = []
         self.grid = (1, 1, 1)
+        self.patched: set[int] = set()  # modules of device functions
 
     def begin(self, tensors: list[torch.Tensor]) -> None:
+        self.patched.clear()
         spans = []
         for x in tensors:
             if x.numel():
@@ -307,6 +310,15 @@ def _set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
     _original[BUILDER, "set_grid_idx"](self, flat // (ny * nz), flat // nz % ny, flat % nz)
 
 
+def _device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that a kernel calls: its module is patched once a launch; once a call took a third of all time."""
+    module = id(self.fn.__globals__)
+    if module not in _launch.patched:
+        interpreter._patch_lang(self.fn)
+        _launch.patched.add(module)
+    return self.rewrite()(*args, **kwargs)
+
+
 def _init_args(self: Any, args: Any, kwargs: Any) -> Any:
     on_host = _original[interpreter.GridExecutor, "_init_args_hst"](self, args, kwargs)
     _launch.begin([x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, torch.Tensor)])
@@ -322,13 +334,18 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _launch.begin([])
 
 
-_REPLACEMENTS = {
+_REPLACEMENTS: dict[Any, Any] = {
     "binary_op": _binary_op, "unary_op": _unary_op, "cast_impl": _cast, "create_fp_to_fp": _fp_to_fp,
     "create_fma": _fma, "create_dot": _dot, "create_masked_load": _masked_load, "create_masked_store": _masked_store,
     "create_atomic_rmw": _atomic_rmw, "create_atomic_cas": _atomic_cas, "create_assert": _assert,
     "set_grid_idx": _set_grid_idx, "set_grid_dim": _set_grid_dim, "sum": _reduce("sum"), "min_max": _reduce("min_max"),
-    "_init_args_hst": _init_args, "__call__": _call,
+    "_init_args_hst": _init_args, (interpreter.GridExecutor, "__call__"): _call,
+    (interpreter.InterpretedFunction, "__call__"): _device_call,
 }  # fmt: skip
+
+
+def replacement(owner: type, name: str) -> Any:
+    return _REPLACEMENTS.get((owner, name)) or _REPLACEMENTS[name]
 
 
 def install() -> None:
@@ -341,7 +358,7 @@ def install() -> None:
     for owner, names in PATCHED.items():
         for name in names:
             _original[owner, name] = getattr(owner, name)
-            setattr(owner, name, _REPLACEMENTS[name])
+            setattr(owner, name, replacement(owner, name))
     # device_assert is compiled out, and the overflow check with it, unless debugging is on.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)

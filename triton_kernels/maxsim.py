@@ -1,16 +1,17 @@
 """maxsim in Triton, forward: similarities a tile at a time, never stored. Formulas and layouts: csrc/maxsim.h.
 
-Algorithm. A program owns BLOCK_Q consecutive query tokens, of as many queries as they belong to (of one query for a list
-of pairs), and walks over one document in tiles of BLOCK_D tokens. Packing queries this way divides the reads of a
-document by BLOCK_Q / Lq. The running maximum is deferred: each of the BLOCK_Q x BLOCK_D lanes keeps the largest
+Algorithm. A program owns BLOCK_Q consecutive query tokens, of as many queries as they belong to (of one query for a
+list of pairs), and walks over one document in tiles of BLOCK_D tokens. Packing queries this way divides the reads of
+a document by BLOCK_Q / Lq. The running maximum is deferred: each of the BLOCK_Q x BLOCK_D lanes keeps the largest
 similarity it has seen and where, and lanes are compared once per document, not once per tile. Each lane keeps its
 first winner, and of equal lanes the earliest token wins, so ties go to the first token.
 
-The dimension is cut into powers of two, 96 = 64 + 32: Q stays on chip for the whole document up to D = 512, beyond it a loop
-of BLOCK_K columns reads it again. Operands are never rounded: 16-bit tokens of one dtype are multiplied as they are;
-float32 and mixed ones as sums of three bfloat16 parts, six products (error 2^-24, for the cost of three tf32
-products). Norms and int8 scales are factors of the similarity. Sums are float32; addresses int64. Sizes are
-runtime values, and flags constexpr, so that only D and the flags make Triton compile again.
+The dimension is cut into powers of two, 96 = 64 + 32: Q stays on chip for the whole document up to D = 512 in 16 bits;
+beyond it, and in float32, a loop over BLOCK_K columns reads it again. Operands are never rounded: 16-bit tokens of one
+dtype are multiplied as they are; float32 and mixed ones as sums of three bfloat16 parts, six products (error 2^-24,
+for the cost of three tf32 products). Norms and int8 scales are factors of the similarity. Sums are float32;
+addresses int64. Numbers of sequences, tokens and pairs are runtime values: only D, the flags and the powers of two
+that bound short sequences make Triton compile again.
 
 Bytes moved: each document ceil(tokens of queries / BLOCK_Q) times, mostly from L2; 4 bytes of maximum and 2 of winner
 per query token and document.
@@ -21,19 +22,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# (operand bits, D up to; 0: any, with Q read again) -> (BLOCK_Q, BLOCK_D, num_warps, num_stages), by architecture.
-# Chosen by compiling (tests/test_kernel_budget.py); not yet measured on a GPU. Fewer query tokens shrink BLOCK_Q.
+# (operand bits, D up to; 0: any) -> (BLOCK_Q, BLOCK_D, BLOCK_K, num_warps, num_stages). BLOCK_K = 0: Q is held in
+# pieces; else read again, BLOCK_K columns at a time. Chosen by compiling: nothing spills on sm_80, sm_90 and sm_100
+# (tests/test_kernel_budget.py); not yet measured on a GPU. Fewer query tokens shrink BLOCK_Q.
 MAXSIM_CONFIGS = {
-    (16, 128): (128, 64, 8, 3),
-    (16, 256): (128, 64, 8, 2),
-    (16, 512): (64, 32, 8, 2),
-    (16, 0): (128, 64, 8, 3),
-    (32, 128): (64, 32, 4, 2),
-    (32, 256): (32, 32, 4, 2),
-    (32, 0): (64, 32, 4, 2),
+    (16, 128): (128, 64, 0, 8, 3),
+    (16, 256): (128, 64, 0, 8, 2),
+    (16, 512): (64, 32, 0, 8, 2),
+    (16, 0): (128, 64, 64, 8, 3),
+    (32, 0): (64, 32, 32, 8, 2),
 }
-BLOCK_K = 64
-LOG2E = tl.constexpr(1.4426950408889634)
+MAXSIM_CONFIGS_SM90 = MAXSIM_CONFIGS | {(32, 0): (64, 64, 32, 8, 2)}  # sm_90 and newer
+# Arguments that change from call to call: no kernel is compiled again for their values.
+SIZES = (
+    "tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n", "temperature", "scale",
+)  # fmt: skip
 NONE = tl.constexpr(float("-inf"))
 NEVER = tl.constexpr(2147483647)  # after every token of a document
 
@@ -90,14 +93,14 @@ def load_documents(
         mask = m_row[:, None] & (o_k < D)[None, :]
         per_byte: tl.constexpr = 8 // BITS
         byte = tl.load(p_d + row[:, None] * s_d + (o_k // per_byte)[None, :], mask=mask, other=0).to(tl.int32)
-        which = (byte >> (o_k % per_byte * BITS)[None, :]) & ((1 << BITS) - 1)
+        which = (byte >> ((o_k % per_byte) << (BITS // 2))[None, :]) & ((1 << BITS) - 1)
         code = tl.load(p_codes + row, mask=m_row, other=0).to(tl.int64)
         x = tl.load(p_centroids + code[:, None] * s_centroid + o_k[None, :], mask=mask, other=0.0)
         x += tl.load(p_buckets + which, mask=mask, other=0.0)
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def inverse_norms(
     p_d, p_codes, p_centroids, p_buckets,  # [n, D], strides s_d and 1
     p_out,  # [n]: 1 / max(|x|, 1e-12); NaN stays NaN
@@ -134,7 +137,7 @@ def similarities(
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, HOLD: tl.constexpr, BITS: tl.constexpr,
     OPERAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK_Q, BLOCK_D] of query tokens o_q, whose pieces are b_0 .. b_2 if HOLD, with document tokens row."""
+    """Products [BLOCK_Q, BLOCK_D] of query tokens o_q, with pieces b_0 .. b_2 if HOLD, and document tokens row."""
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if HOLD:
         x = load_documents(p_d, p_codes, p_centroids, p_buckets, row, m_t, tl.arange(0, W0), s_d, s_centroid, D, BITS)
@@ -184,7 +187,7 @@ def first_of(best, at, o_t):
     return value, tl.where(first < NEVER, first, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     p_q, p_d, p_codes, p_centroids, p_buckets,  # tokens, columns one element apart
     p_q_inv, p_d_inv,  # [tokens], factors
@@ -264,7 +267,7 @@ def forward(
         tl.store(p_maxima + p_out, tl.where(m_q, total, 0.0), mask=m_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_tokens(
     p_maxima,  # [rows, width]
     p_weights,  # [tokens], if HAS_WEIGHTS

@@ -1,9 +1,9 @@
 """maxsim in Triton, backward: every row of a gradient is owned by one program, which adds in a fixed order; no atomics.
 
 dQ: a program owns a few query tokens with all their columns and gathers the winners' rows, document after document.
-dD: a program owns BLOCK_D rows of a document and passes over the query tokens; the rows c q^ of a block of them are added
-where their winners point by a product with the one-hot matrix of the winners, in three bfloat16 parts, which is
-exact up to the order of its float32 sums. That is 3 of the forward's operations for each of its own.
+dD: a program owns BLOCK_D rows of a document and passes over the query tokens; the rows c q^ of a block of them are
+added where their winners point by a product with the one-hot matrix of the winners, in three bfloat16 parts, which
+is exact up to the order of its float32 sums. That is three times the operations of a 16-bit forward.
 The smooth maximum recomputes its similarities (once per WIDTH columns of the result).
 
 The normalisation's Jacobian is applied before the only store, if one program has all columns of a row; `finish_rows`
@@ -15,15 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maxsim import load_documents, load_rows, split3
+from .maxsim import SIZES, load_documents, load_rows, split3
 
 # (operand bits, columns WIDTH of the accumulator) -> (BLOCK_D, BLOCK_Q, num_warps, num_stages) of grad_documents.
 # Chosen by compiling, as MAXSIM_CONFIGS; not measured on a GPU.
 MAXSIM_BACKWARD_CONFIGS = {
-    (16, 128): (64, 64, 4, 2),
-    (16, 256): (64, 32, 8, 2),
-    (32, 128): (64, 32, 4, 2),
-    (32, 256): (64, 32, 8, 2),
+    (16, 128): (64, 64, 8, 2),
+    (16, 256): (32, 32, 8, 2),
+    (32, 128): (64, 32, 8, 2),
+    (32, 256): (32, 32, 8, 2),
 }
 GATHER_ELEMENTS = 4096  # of the accumulator of a program of grad_queries
 GATHER_UNROLL = 4  # documents whose rows a program of grad_queries fetches at once
@@ -33,7 +33,7 @@ LARGEST_INVERSE = tl.constexpr(0.999e12)  # 1 / F.normalize's eps, up to roundin
 @triton.jit
 def through_norm(dx, x, inverse):
     """(dx - <dx, x^> x^) / |x| for rows x; a row without a gradient stays without one, whatever it holds."""
-    some = tl.sum((dx != 0).to(tl.int32), axis=1) > 0
+    some = tl.sum(tl.where(dx != 0, 1.0, 0.0), axis=1) > 0
     along = tl.sum(dx * x, axis=1) * inverse * inverse
     along = tl.where(inverse >= LARGEST_INVERSE, 0.0, along)
     return tl.where(some[:, None], (dx - along[:, None] * x) * inverse[:, None], 0.0)
@@ -54,7 +54,7 @@ def store_rows(
     tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish_rows(
     p_parts,  # [parts, n, D] float32
     p_x, p_inv, p_out, n, parts, s_x, s_out,
@@ -102,7 +102,7 @@ def coefficient(
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_queries(
     p_q, p_d, p_codes, p_centroids, p_buckets, p_q_inv, p_d_inv, p_q_first, p_d_first,
     p_pair_d, p_order, p_order_first,  # if LIST: documents of pairs, pairs by query [P], first of each query [Nq + 1]
@@ -114,18 +114,18 @@ def grad_queries(
     BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sum_j c d^ of the winners. Program (tile of query tokens, or query and tile of its own; share of the rows)."""
-    i_t, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_t, i_s = tl.program_id(0), tl.program_id(1)
     q_first, q_end = tl.zeros([], tl.int64), tl.cast(tokens, tl.int64)
     start, stop = tl.zeros([], tl.int64), tl.cast(rows, tl.int64)
     if LIST:
-        i_q = i_t // tiles
+        i_q = (i_t // tiles).to(tl.int64)
         i_t = i_t % tiles
         q_first, q_end = tl.load(p_q_first + i_q), tl.load(p_q_first + i_q + 1)
         start, stop = tl.load(p_order_first + i_q), tl.load(p_order_first + i_q + 1)
-    share = (stop - start + splits - 1) // splits
-    start += share * i_s
+    share = ((stop - start).to(tl.int32) + splits - 1) // splits
+    start += share.to(tl.int64) * i_s
     stop = tl.minimum(stop, start + share)
-    o_s = i_t * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_s = i_t.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_q = q_first + o_s
     m_q = (o_s < width) & (o_q < q_end)
     o_k = tl.arange(0, WIDTH)
@@ -179,20 +179,19 @@ def query_rows(
     return w, tl.where(active, c, 0.0)[:, None] * x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_documents(
     p_q, p_d, p_q_inv, p_d_inv, p_q_first, p_d_first,
-    p_pair_q, p_order, p_order_first,  # if LIST: queries of pairs, pairs by document [P], first of each document [Nd + 1]
+    p_pair_q, p_order, p_order_first,  # if LIST: queries of pairs, pairs by document [P], first of each [Nd + 1]
     p_grad, p_weights, p_query_of, p_winners,
     p_out,  # [tokens of D, D]
-    tokens, rows, width, tiles, chunks, s_q, s_d, s_g0, s_g1, s_out,
+    tokens, rows, width, s_q, s_d, s_g0, s_g1, s_out,
     LIST: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr, Q_INV: tl.constexpr,
     JACOBIAN: tl.constexpr, ADD: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """sum of c q^ over the query tokens that a row won. Program (document, tile of its rows, WIDTH columns)."""
-    pid = tl.program_id(0)
-    i_c, i_d, i_t = pid % chunks, (pid // chunks // tiles).to(tl.int64), pid // chunks % tiles
+    i_d, i_t, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     begin = tl.load(p_d_first + i_d)
     length = (tl.load(p_d_first + i_d + 1) - begin).to(tl.int32)
     low = (i_t.to(tl.int64) * BLOCK_D).to(tl.int32)

@@ -15,6 +15,8 @@ from torch import Tensor
 from pyelastic.ops._maxsim_cpu import CHUNK_BYTES
 from pyelastic.ops._maxsim_layout import Inputs
 
+LOG2E = 1.4426950408889634
+LOOP_K = 64  # columns at a time where rows are too wide to be held
 PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measured
 SPLIT_ROWS = 16  # documents that a share of a tile of query tokens has at least
 
@@ -34,9 +36,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _pieces(dim: int, most: int, block: int) -> dict[str, Any]:
-    """A dimension of up to ``most`` as three powers of two at most, the last with room to spare; else a loop of ``block``."""
-    if dim > most:
+def pieces(dim: int, block: int) -> dict[str, Any]:
+    """The dimension as three powers of two at most, the last with room to spare, or as a loop of ``block`` columns."""
+    if block:
+        while block > 16 and -dim % block > dim / 8:  # what padding may add
+            block //= 2
         return {"W0": block, "W1": 0, "W2": 0, "HOLD": False}
     widths, rest = [], dim
     for _ in range(2):
@@ -67,6 +71,7 @@ class _Problem:
         types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         self.operand = types[self.queries.dtype] if half else tl.float32
         self.listed = x.pair_q is not None
+        self.levels = max(1, min(x.topk, x.max_d))  # of topk
         self.rows = x.pair_q.shape[0] if x.pair_q is not None else x.d_offsets.shape[0] - 1
         self.tokens = self.queries.shape[0]
         self.width = x.max_q if self.listed else self.tokens
@@ -104,14 +109,16 @@ class _Problem:
 
     def configure(self, dim: int) -> tuple[int, dict[str, Any]]:
         """Tiles of query tokens, and the constexpr arguments of a kernel that computes similarities."""
-        k, bits = self.forward_kernels, self.operand_bits
-        held = [width for b, width in k.MAXSIM_CONFIGS if b == bits and width >= dim]
-        block_q, block_d, warps, stages = k.MAXSIM_CONFIGS[bits, min(held, default=0)]
+        bits, newer = self.operand_bits, False
+        if self.device.type == "cuda":
+            newer = torch.cuda.get_device_capability(self.device) >= (9, 0)
+        table = self.forward_kernels.MAXSIM_CONFIGS_SM90 if newer else self.forward_kernels.MAXSIM_CONFIGS
+        held = [width for b, width in table if b == bits and width >= dim]
+        block_q, block_d, block_k, warps, stages = table[bits, min(held, default=0)]
         block_q = min(block_q, max(16, self.power(self.width)))
-        most = max(width for b, width in k.MAXSIM_CONFIGS if b == bits)
         return self.cdiv(self.width, block_q), {
             **self.flags(),
-            **_pieces(dim, most, k.BLOCK_K),
+            **pieces(dim, block_k),
             "D": dim,
             "BITS": self.bits,
             "OPERAND": self.operand,
@@ -140,7 +147,7 @@ class _Problem:
         if x.temperature > 0:
             self.smooth_kernels.forward_smooth[(rows * tiles,)](
                 *inputs, self.pair_q, self.pair_d, maxima, self.tokens, self.width, tiles, *self.strides, x.temperature,
-                **there, **constants,
+                LOG2E / x.temperature, **there, **constants,
             )  # fmt: skip
             return
         floor = self.floor if x.floor is None else self.floor[first:]
@@ -148,7 +155,7 @@ class _Problem:
         self.forward_kernels.forward[(rows * tiles,)](
             *inputs, floor, self.pair_q, self.pair_d, nothing if maxima is None else maxima,
             nothing if winners is None else winners, self.tokens, rows, self.width, tiles, *self.strides,
-            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=x.topk,
+            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=self.levels,
             **there, **constants,
         )  # fmt: skip
 
@@ -189,6 +196,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         maxima = torch.empty(x.token_shape(x.planes if keeps else 1), device=p.device)
         there = save and not smooth
         winners = torch.empty(x.token_shape(x.winner_planes) if there else (0,), dtype=x.winner_dtype, device=p.device)
+        if there and x.topk > p.levels:
+            winners[p.levels :].fill_(-1)
         for plane in range(x.planes):
             m = maxima[plane if keeps else 0]
             p.forward(plane, q_inv, d_inv, m, winners[plane : plane + x.topk] if there else None)
@@ -216,17 +225,20 @@ class _Backward:
 
     def splits(self, programs: int, rows: int) -> int:
         """Programs that share a tile of query tokens: enough to fill a GPU, from shapes alone."""
-        each = rows // max(1, self.p.x.q_offsets.shape[0] - 1) if self.p.listed else rows
-        return max(1, min(PROGRAMS // programs, self.p.cdiv(each, SPLIT_ROWS)))
+        return max(1, min(PROGRAMS // programs, self.p.cdiv(self.each(rows), SPLIT_ROWS)))
+
+    def each(self, rows: int) -> int:
+        """Rows of a query, on average."""
+        return self.p.cdiv(rows, max(1, self.p.x.q_offsets.shape[0] - 1)) if self.p.listed else rows
 
     def accumulating(self, dim: int, of_queries: bool) -> dict[str, Any]:
-        """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; blocks shrink with the problem."""
+        """Constexpr arguments of a kernel that owns rows with WIDTH of their columns; small problems shrink it."""
         p, x = self.p, self.p.x
         smooth = x.temperature > 0
         table = p.smooth_kernels.MAXSIM_SMOOTH_CONFIGS if smooth else p.backward_kernels.MAXSIM_BACKWARD_CONFIGS
         table = {width: config for (bits, width), config in table.items() if bits == p.operand_bits}
         width = min(max(table), max(16, p.power(dim)))
-        own, other, warps, stages = table[min(w for w in table if w >= width)]
+        own, other, *block_k, warps, stages = table[min(w for w in table if w >= width)]
         block_q, block_d = (own, other) if of_queries else (other, own)
         made = {
             "D": dim,
@@ -237,8 +249,8 @@ class _Backward:
             "num_stages": stages,
         }
         if smooth:
-            pieces = _pieces(dim, max(table), p.forward_kernels.BLOCK_K)
-            made |= pieces | {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
+            made |= pieces(dim, LOOP_K if dim > max(table) else block_k[0])
+            made |= {"OPERAND": p.operand, "HAS_MASK": x.d_mask is not None}
         return made
 
     def queries(self, plane: int, grad: Tensor, saved: Tensor, offsets: Tensor, out: Tensor, add: bool) -> None:
@@ -253,8 +265,8 @@ class _Backward:
             width = max(16, p.power(dim))
             block = max(1, min(p.backward_kernels.GATHER_ELEMENTS // width, p.power(p.width)))
             constants = {
-                "TOPK": x.topk, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
-                "UNROLL": p.backward_kernels.GATHER_UNROLL, "num_warps": 4,
+                "TOPK": p.levels, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
+                "UNROLL": min(p.backward_kernels.GATHER_UNROLL, p.power(max(1, self.each(rows)))), "num_warps": 4,
             }  # fmt: skip
             del flags["Q_INV"]
         tiles = p.cdiv(p.width, constants["BLOCK_Q"])
@@ -272,7 +284,7 @@ class _Backward:
                   *_strides(grad), parts.stride(-2))  # fmt: skip
         if smooth:
             p.smooth_kernels.grad_queries_smooth[(programs, splits, chunks)](
-                *inputs, p.mask, *order, *shared, x.temperature, **flags, **constants
+                *inputs, p.mask, *order, *shared, LOG2E / x.temperature, **flags, **constants
             )
         else:
             p.backward_kernels.grad_queries[(programs, splits)](*inputs, *order, *shared, **flags, **constants)
@@ -291,23 +303,24 @@ class _Backward:
             return
         jacobian = self.d_inv is not None
         whole = chunks == 1 or not jacobian
-        # Zeros: another chunk's documents have rows there, which must not be added to.
+        # Zeros: other chunks of documents have rows there too.
         parts = out if whole else torch.zeros(1, out.shape[0], dim, device=p.device)
         flags |= {"JACOBIAN": jacobian and whole, "ADD": add and whole}
         shared = (p.pair_q, *self.by_document, grad, p.weights, self.query_of, saved, parts, p.tokens, rows, p.width,
-                  tiles, chunks, *p.strides[:2], *_strides(grad), parts.stride(-2))  # fmt: skip
-        grid = (count * tiles * chunks,)
+                  *p.strides[:2], *_strides(grad), parts.stride(-2))  # fmt: skip
+        grid = (count, tiles, chunks)
         if x.temperature > 0:
             p.smooth_kernels.grad_documents_smooth[grid](
-                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, x.temperature, **flags, **constants
-            )
+                p.queries, p.documents, q, d, x.q_offsets, offsets, p.mask, *shared, LOG2E / x.temperature, **flags,
+                **constants,
+            )  # fmt: skip
         else:
             del flags["D_INV"]
             p.backward_kernels.grad_documents[grid](
-                p.queries, p.documents, q, d, x.q_offsets, offsets, *shared, TOPK=x.topk, **flags, **constants
+                p.queries, p.documents, q, d, x.q_offsets, offsets, *shared, TOPK=p.levels, **flags, **constants
             )
         if not whole:
-            self.finish(parts, p.documents, d, out, jacobian, True)
+            self.finish(parts, p.documents, d, out, jacobian, add)
 
     def finish(self, parts: Tensor, tokens: Tensor, inverse: Tensor, out: Tensor, jacobian: bool, add: bool) -> None:
         p, (count, n, dim) = self.p, parts.shape
@@ -334,14 +347,14 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         steps = _Backward(p, q_inv, d_inv, per_token)
         smooth = x.temperature > 0
         saved = maxima if smooth else winners
-        count, dim = x.d_offsets.shape[0] - 1, p.queries.shape[1]
+        count = x.d_offsets.shape[0] - 1
         chunk = max(1, count)
         if saved.numel() == 0 and not p.listed:
             planes, _, tokens = x.token_shape(x.winner_planes)
             chunk = min(chunk, max(1, CHUNK_BYTES // max(1, planes * tokens * (4 if smooth else winners.itemsize))))
         grad = _shared(x, grad.float(), per_token)
         # What several launches add to is float32 until the end.
-        several_q, several_d = x.planes > 1 or chunk < count, x.planes > 1
+        several_q, several_d = x.planes > 1 or chunk < count, x.planes > 1 or (chunk < count and x.normalize)
         like_q, like_d = p.queries[: p.tokens * need_queries], p.documents[: p.documents.shape[0] * need_documents]
         d_q = torch.zeros_like(like_q, dtype=torch.float32) if several_q else torch.empty_like(like_q)
         d_d = torch.zeros_like(like_d, dtype=torch.float32) if several_d else torch.empty_like(like_d)

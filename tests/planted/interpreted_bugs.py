@@ -95,3 +95,11 @@ def dot(p_a, p_b, p_c, PRECISION: tl.constexpr, N: tl.constexpr):
     o = tl.arange(0, N)
     at = o[:, None] * N + o[None, :]
     tl.store(p_c + at, tl.dot(tl.load(p_a + at), tl.load(p_b + at), input_precision=PRECISION))
+
+
+@triton.jit
+def scalar_comparison(x, y, n, BLOCK: tl.constexpr):
+    """No bug: a comparison of scalars is part of a mask."""
+    offsets = tl.arange(0, BLOCK)
+    mask = (offsets < n) & (tl.load(x) < 1.0)
+    tl.store(y + offsets, tl.load(x + offsets, mask=mask, other=0.0), mask=offsets < n)

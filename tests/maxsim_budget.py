@@ -1,0 +1,87 @@
+"""Compile requests of maxsim's Triton kernels, for kernel_budget.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import compiled
+
+MODULE = "pyelastic.triton_kernels.maxsim"
+TYPES = {16: "bfloat16", 32: "float32"}
+FACTORS = {"Q_INV": True, "D_INV": True}
+LAYOUT: dict[str, Any] = {"LIST": False, "HAS_MASK": True}
+GRADIENT = {"LIST": False, "PER_TOKEN": False, "HAS_WEIGHTS": True, "ADD": False}
+
+
+def _signature(bits: int) -> dict[str, str]:
+    floats = ("inv", "q_inv", "d_inv", "centroids", "buckets", "maxima", "weights", "grad", "scores", "parts")
+    ints = ("q_first", "d_first", "pair_q", "pair_d", "order", "order_first", "query_of")
+    pointers = {f"p_{n}": "*fp32" for n in floats} | {f"p_{n}": "*i64" for n in ints}
+    pointers |= dict.fromkeys(("p_q", "p_d", "p_x", "p_out"), {16: "*bf16", 32: "*fp32"}[bits])
+    pointers |= {"p_codes": "*i32", "p_mask": "*u8", "p_floor": "*u8", "p_winners": "*i16"}
+    sizes = ("tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n")
+    strides = ("s_q", "s_d", "s_x", "s_out", "s_centroid", "s_g0", "s_g1")
+    return pointers | dict.fromkeys((*sizes, *strides), "i32") | {"temperature": "fp32", "scale": "fp32"}
+
+
+def requests() -> dict[str, dict[str, Any]]:
+    """name -> request, for every configuration and architecture, normalised and with a mask."""
+    from pyelastic.ops._maxsim_triton import pieces
+    from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_smooth
+
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(
+        name: str, kernel: str, bits: int, constants: dict[str, Any], warps: int, stages: int,
+        archs: tuple[int, ...] = compiled.ARCHS,
+    ) -> None:  # fmt: skip
+        for arch in archs:
+            found[f"triton maxsim {name} (sm_{arch})"] = {
+                "kernel": f"{MODULE}{kernel}", "signature": _signature(bits), "constants": constants, "arch": arch,
+                "multiples_of_16": ["s_q", "s_d", "s_x", "s_out", "s_centroid"], "warps": warps, "stages": stages,
+            }  # fmt: skip
+
+    tables = (((80,), maxsim.MAXSIM_CONFIGS), ((90, 100), maxsim.MAXSIM_CONFIGS_SM90))
+    configs = [(archs, *item) for archs, table in tables for item in table.items()]
+    for archs, (bits, width), (block_q, block_d, block_k, warps, stages) in configs:
+        dim = width or 768
+        common = {
+            **LAYOUT, **FACTORS, **pieces(dim, block_k), "D": dim, "OPERAND": TYPES[bits], "BITS": 0,
+            "BLOCK_Q": block_q, "BLOCK_D": block_d,
+        }  # fmt: skip
+        options = {"HAS_FLOOR": True, "MAXIMA": True, "WINNERS": True, "TOPK": 1}
+        name = f"{TYPES[bits]} D{width or ' any'}"
+        add(f"forward {name}", ":forward", bits, common | options, warps, stages, archs)
+        if width == 128 or bits == 32:
+            several = options | {"TOPK": 4, "HAS_FLOOR": False}
+            add(f"forward top-k {name}", ":forward", bits, common | several, warps, stages, archs)
+            add(f"smooth_forward {name}", "_smooth:forward_smooth", bits, common, warps, stages, archs)
+            narrow = common | options | pieces(96, block_k) | {"D": 96}
+            add(f"forward D96 {TYPES[bits]}", ":forward", bits, narrow, warps, stages, archs)
+    for (bits, width), (own, other, warps, stages) in maxsim_backward.MAXSIM_BACKWARD_CONFIGS.items():
+        common = {**GRADIENT, "Q_INV": True, "JACOBIAN": True, "TOPK": 1, "D": width, "WIDTH": width}
+        blocks = {"BLOCK_D": own, "BLOCK_Q": other}
+        name = f"{TYPES[bits]} D{width}"
+        add(f"grad_documents {name}", "_backward:grad_documents", bits, common | blocks, warps, stages)
+        common = {**common, "D_INV": True, "BITS": 0, "UNROLL": maxsim_backward.GATHER_UNROLL}
+        del common["Q_INV"]
+        common["BLOCK_Q"] = maxsim_backward.GATHER_ELEMENTS // width
+        add(f"grad_queries {name}", "_backward:grad_queries", bits, common, 4, 3)
+    for (bits, width), (own, other, block_k, warps, stages) in maxsim_smooth.MAXSIM_SMOOTH_CONFIGS.items():
+        common = {
+            **GRADIENT, **FACTORS, **pieces(width, block_k), "HAS_MASK": True, "JACOBIAN": True, "D": width,
+            "WIDTH": width, "OPERAND": TYPES[bits],
+        }  # fmt: skip
+        name = f"{TYPES[bits]} D{width}"
+        blocks = {"BLOCK_D": own, "BLOCK_Q": other}
+        add(f"smooth_grad_documents {name}", "_smooth:grad_documents_smooth", bits, common | blocks, warps, stages)
+        blocks = {"BLOCK_Q": own, "BLOCK_D": other, "BITS": 0}
+        add(f"smooth_grad_queries {name}", "_smooth:grad_queries_smooth", bits, common | blocks, warps, stages)
+    norms = {"D": 128, "BITS": 0, "BLOCK": 16, "BLOCK_K": 128}
+    add("inverse_norms", ":inverse_norms", 16, norms, 4, 3)
+    add("inverse_norms of 2-bit residuals", ":inverse_norms", 16, norms | {"BITS": 2}, 4, 3)
+    sums = {"LIST": False, "HAS_WEIGHTS": True, "BLOCK_N": 16, "BLOCK": 32}
+    add("sum_tokens", ":sum_tokens", 16, sums, 4, 3)
+    finish = {"D": 768, "INV": True, "ADD": False, "BLOCK": maxsim_backward.GATHER_ELEMENTS // 1024, "WIDTH": 1024}
+    add("finish_rows", "_backward:finish_rows", 16, finish, 4, 3)
+    return found
