@@ -26,8 +26,9 @@ def _signature(bits: int) -> dict[str, str]:
 
 def requests() -> dict[str, dict[str, Any]]:
     """name -> request, for every configuration and architecture, normalised and with a mask."""
-    from pyelastic.ops._maxsim_triton import pieces
     from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_smooth
+
+    from pyelastic.ops._maxsim_triton import pieces
 
     found: dict[str, dict[str, Any]] = {}
 
