@@ -99,8 +99,8 @@ def train(name: str, steps: int, seed: int, data: tuple[Tensor, Tensor], progres
     torch.manual_seed(seed)
     encoder, model = Encoder(), LateInteraction(ProjectionHead(DIM, OUT, **HEADS[name]), temperature=1.0)
     held_out, fit = [x[:HELD_OUT] for x in data], [x[HELD_OUT:] for x in data]
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *model.parameters()], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *model.parameters()], lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     metrics = [evaluate(encoder, model, *held_out)]
     task = progress.add_task(f"{name}, seed {seed}", total=steps)
     for _ in range(steps):
@@ -117,7 +117,7 @@ def train(name: str, steps: int, seed: int, data: tuple[Tensor, Tensor], progres
 
 def main(arguments: list[str] | None = None) -> dict[str, list[list[Metrics]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each head, from seed 0 on")
     options = parser.parse_args(arguments)
     console, data = Console(), pairs()

@@ -143,6 +143,7 @@ def cuda_mma_gemm(
     a: int, lda: int, a_k_major: bool, b: int, ldb: int, b_k_major: bool, rows: int, columns: int, k: int, c:
     int, ldc: int, splits: int, add: bool, stream: int, /,
 ) -> None: ...
+
 def cuda_projection_forward(
     z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
     stream: int, /,
@@ -196,3 +197,30 @@ def cuda_fira_moments(group: list[_FiraMatrix], shared: _FiraShared, stream: int
 def cuda_fira_limiter(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
 def cuda_fira_coefficients(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
 def cuda_fira_apply(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+
+
+# (pointer, dtype, stride, offsets, count, total, bits, codes, centroids, buckets, dimension of the centroids)
+_CudaSide = tuple[int, int, int, int, int, int, int, int, int, int, int]
+# (q, d, dim, d_mask, floor, pair_q, pair_d, pairs, max_q, topk, temperature, q_inv, d_inv)
+_CudaProblem = tuple[_CudaSide, _CudaSide, int, int, int, int, int, int, int, int, float, int, int]
+_CudaGradient = tuple[int, int, int]  # (scores, weights, per_token)
+_CudaOutput = tuple[int, int, int, bool, int]  # (data, dtype, ld, add, room)
+
+def cuda_maxsim_fits(dim: int, /) -> bool: ...
+def cuda_maxsim_norms(x: _CudaSide, dim: int, inverse: int, stream: int, /) -> None: ...
+def cuda_maxsim_forward(
+    p: _CudaProblem, mma: bool, q_aligned: bool, d_aligned: bool, share: int, maxima: int, winners: int, narrow: bool,
+    stream: int, /,
+) -> None: ...
+def cuda_maxsim_scores(
+    p: _CudaProblem, maxima: int, weights: int, scores: int, ld: int, stream: int, /,
+) -> None: ...
+def cuda_maxsim_backward(
+    p: _CudaProblem, of_queries: bool, longest: int, g: _CudaGradient, ld: int, query_of: int, share: int,
+    winners: int, narrow: bool, order: int, first: int, out: _CudaOutput, stream: int, /,
+) -> None: ...
+def cuda_maxsim_backward_smooth(
+    p: _CudaProblem, of_queries: bool, g: _CudaGradient, ld: int, maxima: int, order: int, first: int,
+    out: _CudaOutput, stream: int, /,
+) -> None: ...
+

@@ -60,7 +60,27 @@ def run_cases() -> None:
             bias = torch.randn(d_out, device="cuda", requires_grad=True)
             y = pyelastic.projection(x, weight, bias, residual=residual, normalize=normalize, backend="cuda")
             y.backward(torch.randn_like(y))
+    run_maxsim()
     torch.cuda.synchronize()
+
+
+def run_maxsim() -> None:
+    """Both sizes of tiles, all reductions, lists, quantised documents, recomputation."""
+    import torch
+
+    import pyelastic
+
+    pairs = torch.tensor([[0, 2], [3, 0], [0, 2]], device="cuda")
+    options = ({}, {"topk": 3}, {"temperature": 0.5}, {"dims": (8, 20)}, {"save": "recompute"}, {"pairs": pairs})
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for tokens in (9, 33):
+            q = torch.randn(4, tokens, 20, device="cuda", dtype=dtype, requires_grad=True)
+            d = torch.randn(3, 70, 20, device="cuda", dtype=dtype, requires_grad=True)
+            mask = torch.rand(3, 70, device="cuda") > 0.3
+            for chosen in options:
+                scores = pyelastic.maxsim(q, d, document_mask=mask, normalize=True, backend="cuda", **chosen)
+                scores.sum().backward()
+            pyelastic.maxsim(q, pyelastic.quantize_int8(d.detach()), backend="cuda")
 
 
 def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,9 +27,10 @@ def _signature(bits: int, stored: int) -> dict[str, str]:
 
 def requests() -> dict[str, dict[str, Any]]:
     """name -> request, for every configuration and architecture, normalised and with a mask."""
-    from pyelastic.ops._maxsim_triton import pieces
-    from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_smooth
+    from pyelastic.ops import _maxsim_triton as launcher
 
+    pieces = launcher.pieces
+    maxsim, maxsim_backward, maxsim_smooth = launcher._kernels()
     found: dict[str, dict[str, Any]] = {}
 
     def add(

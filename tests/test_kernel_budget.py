@@ -21,6 +21,7 @@ BUDGET = json.loads(kernel_budget.BUDGET.read_text())
 MATRIX = ("accumulate_tile", "gradient_tile", "gemm", "triton forward", "triton grad", "triton gradient_tile")
 MATRIX += ("project_mma", "apply_mma", "triton fira project", "triton fira apply", "triton fira moments gram")
 MATRIX += ("maxsim forward", "maxsim smooth_", "maxsim grad_documents")
+MATRIX += ("cuda sweep<Mma",)
 
 
 @functools.cache

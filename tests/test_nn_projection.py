@@ -210,6 +210,28 @@ def test_k_negatives_give_gradients_to_rows_that_won_only() -> None:
     assert int((grads[0][0] != 0).any(-1).sum()) == 8  # one winner for each of the 4 x 2 documents
 
 
+def test_the_bound_on_winners_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What LateInteraction promises the GPU's backward is never below the rows that have a gradient."""
+    from pyelastic.nn import projection as module
+
+    bounds: list[int | None] = []
+    original = module.projection
+
+    def spy(*arguments: Any, gradient_rows: int | None = None, **options: Any) -> Tensor:
+        bounds.append(gradient_rows)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "projection", spy)
+    q, d, grouped = data()
+    for options in ({}, {"topk": 2}, {"dims": (3, 6)}, {"smooth_temperature": 0.5}):
+        x = grouped.clone().requires_grad_()
+        LateInteraction(ProjectionHead(8, 6))(q[:, :2], x, **options).backward()
+        some = int((x.grad != 0).any(-1).sum())
+        assert (bounds[-1] is None) == ("smooth_temperature" in options) and some <= (bounds[-1] or x[..., 0].numel())
+    LateInteraction(ProjectionHead(8, 6))(q, d)
+    assert bounds[-1] is None
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("normalize", (True, False))
 def test_absorbed_scores(dtype: torch.dtype, normalize: bool) -> None:

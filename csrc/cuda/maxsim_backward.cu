@@ -1,12 +1,13 @@
 // maxsim's backward on CUDA. Contract: ../maxsim.h.
 //
-// A row of a gradient is owned by one warp, which adds the winners' rows of the other side in their order into sums in shared
-// memory, and stores the row once, the normalisation's Jacobian applied: no atomics, no sort, the same bits each time.
-//   documents: a block owns up to kSumBytes of one document's rows, row t belonging to warp t mod kWarps. A lane looks at a
-//     query token's winner, the warp walks through those it owns. Winners are 2 bytes of coalesced reads per row tile.
+// A row of a gradient is owned by one warp, which adds the winners' rows of the other side in their order into sums in
+// shared memory, and stores the row once, the normalisation's Jacobian applied: no atomics, no sort, the same bits each
+// time.
+//   documents: a block owns up to kSumBytes of one document's rows, row t belonging to warp t mod kWarps. A lane looks at
+//     a query token's winner, the warp walks through those it owns.
 //   queries: a warp owns a query token; a lane looks at a document's winner.
-// Bytes per winner: its row of the other side (2 d at 16 bits) from L2, and 8 d of shared memory. The smooth maximum computes
-// similarities again, 4 d operations each, without tensor cores: simple, and rarely used.
+// Bytes per winner: its row of the other side (2 d at 16 bits) from L2, and 8 d of shared memory. The smooth maximum
+// computes similarities again, 4 d operations each, without tensor cores: simple, and rarely used.
 #include <type_traits>
 
 #include "maxsim_tile.cuh"
@@ -17,9 +18,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 2;  // else ptxas stops at 64 or 80 registers and spills
 constexpr std::int64_t kSumBytes = 72 << 10;  // two blocks an SM on sm_80, three on sm_90
 constexpr int kBatch = 4;                     // rows of the other side whose loads are in flight together
 constexpr std::int64_t kWantedBlocks = 512;   // two or more an SM
+constexpr std::int64_t kNoBytes = 16;         // sums are elsewhere; asking for shared memory's address needs some
 
 // A pointer's elements as floats; Any reads whatever a side is stored as.
 struct Any {};
@@ -147,7 +150,7 @@ __device__ __forceinline__ void clear_row(float* sum, std::int64_t dim) {
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     documents(MaxSimProblem p, Upstream g, const std::int64_t* query_of /* [q.total] */, const float* share, Winners w,
               PairOrder order, std::int64_t tiles, int rows /* of a tile */, MaxSimOutput out) {
   DYN_SHARED(float, shared);
@@ -166,21 +169,33 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t pair = listed ? order.order[n] : 0, i = listed ? p.pair_q[pair] : 0;
     const std::int64_t begin = listed ? p.q.offsets[i] : 0, tokens = listed ? p.q.offsets[i + 1] - begin : p.q.total;
     const std::int64_t at = listed ? pair * p.max_q : j * p.q.total;
+    // Read one step ahead: the sums' addresses may be anything to the compiler, so it would not.
+    float next_c = 0;
+    int next_t = -1;
+    const auto fetch = [&](std::int64_t s) {
+      next_c = 0;
+      next_t = -1;
+      if (s >= tokens) return;
+      const std::int64_t query = listed ? i : query_of[s];
+      next_c = coefficient(p, g, query, j, pair, begin + s, at + s) * part;
+      next_t = winner(w, at + s);
+    };
+    fetch(lane);
     for (std::int64_t s0 = 0; s0 < tokens; s0 += 32) {
       const std::int64_t s = s0 + lane;
-      const bool inside = s < tokens;
-      float c = 0;
-      if (inside) {
-        const std::int64_t query = listed || query_of == nullptr ? i : query_of[s];
-        c = coefficient(p, g, query, j, pair, begin + s, at + s) * part;
-      }
+      const float c = next_c;
+      const int first_t = next_t;
+      fetch(s + 32);
       for (int level = 0; level < levels; ++level) {
-        const int t = inside ? winner(w, level * plane_size(p) + at + s) - static_cast<int>(row0) : -1;
+        int t = first_t;
+        if (level > 0) t = s < tokens ? winner(w, level * plane_size(p) + at + s) : -1;
+        t = t < 0 ? -1 : t - static_cast<int>(row0);
         const bool own = t >= 0 && t < here && t % kWarps == warp && c != 0;
         const unsigned mine = __ballot_sync(kAllLanes, own);
         if (mine == 0) continue;
         const std::int64_t from = own ? begin + s : 0;
-        add_rows(queries, mine, from, own ? c * inverse_norm(p.q_inv, from) : 0.0f, sums + (own ? t : 0) * p.dim, p.dim);
+        const float factor = own ? c * inverse_norm(p.q_inv, from) : 0.0f;
+        add_rows(queries, mine, from, factor, sums + (own ? t : 0) * p.dim, p.dim);
       }
     }
   }
@@ -188,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     queries(MaxSimProblem p, Upstream g, const std::int64_t* query_of, const float* share, Winners w, PairOrder order,
             MaxSimOutput out) {
   DYN_SHARED(float, shared);
@@ -222,7 +237,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp owns a token of either side: it adds c exp((s - m) / tau) times each of the other side's unit rows.
 template <bool kOfQueries>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     smooth(MaxSimProblem p, Upstream g, const float* maxima, PairOrder order, float per_tau, MaxSimOutput out) {
   DYN_SHARED(float, shared);
   const Tokens& own = kOfQueries ? p.q : p.d;
@@ -288,7 +303,7 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
   if (of_queries) {
     if (p.q.total == 0) return;
     const int warps = warps_for(p.dim, room);
-    const auto bytes = static_cast<std::size_t>(room ? 0 : warps * p.dim * 4);
+    const auto bytes = static_cast<std::size_t>(room ? kNoBytes : warps * p.dim * 4);
     visit_rows(p.d, [&](auto e) {
       LAUNCH((queries<typename decltype(e)::type>), blocks_of(p.q.total, warps), static_cast<unsigned>(warps * 32),
              bytes, stream, p, g, query_of, share, winners, order, out);
@@ -296,17 +311,18 @@ void maxsim_backward(const MaxSimProblem& p, bool of_queries, std::int64_t longe
     return;
   }
   if (longest == 0 || p.d.count == 0) return;
-  // Tiles as even as they can be, small enough for many blocks and to fit.
-  std::int64_t most = room ? longest : kSumBytes / (4 * p.dim);
-  const std::int64_t wanted = (kWantedBlocks + p.d.count - 1) / p.d.count;
-  std::int64_t tiles = (longest + most - 1) / most;
-  if (tiles < wanted) tiles = wanted < (longest + kWarps - 1) / kWarps ? wanted : (longest + kWarps - 1) / kWarps;
-  if (tiles < (longest + most - 1) / most) tiles = (longest + most - 1) / most;
+  // Tiles as even as they can be: enough that they fit, and for many blocks, of at least a row a warp.
+  const auto parts = [](std::int64_t of, std::int64_t each) { return (of + each - 1) / each; };
+  const std::int64_t fitting = room ? 1 : parts(longest, kSumBytes / (4 * p.dim));
+  std::int64_t tiles = parts(kWantedBlocks, p.d.count);
+  if (tiles > parts(longest, kWarps)) tiles = parts(longest, kWarps);
+  if (tiles < fitting) tiles = fitting;
   const std::int64_t rows = (longest + tiles - 1) / tiles;
-  const auto bytes = static_cast<std::size_t>(room ? 0 : rows * p.dim * 4);
-  visit_rows(p.q, [&](auto e) {
-    LAUNCH((documents<typename decltype(e)::type>), static_cast<unsigned>(p.d.count * tiles), kThreads, bytes, stream, p,
-           g, query_of, share, winners, order, tiles, static_cast<int>(rows), out);
+  const auto bytes = static_cast<std::size_t>(room ? kNoBytes : rows * p.dim * 4);
+  visit_dtype(p.q.dtype, [&](auto e) {
+    const auto blocks = static_cast<unsigned>(p.d.count * tiles);
+    LAUNCH((documents<typename decltype(e)::type>), blocks, kThreads, bytes, stream, p, g, query_of, share, winners,
+           order, tiles, static_cast<int>(rows), out);
   });
 }
 
@@ -316,7 +332,7 @@ void maxsim_backward_smooth(const MaxSimProblem& p, bool of_queries, const MaxSi
   const std::int64_t total = of_queries ? p.q.total : p.d.total;
   if (total == 0) return;
   const int warps = warps_for(p.dim, out.room != nullptr);
-  const auto bytes = static_cast<std::size_t>(out.room != nullptr ? 0 : warps * p.dim * 4);
+  const auto bytes = static_cast<std::size_t>(out.room != nullptr ? kNoBytes : warps * p.dim * 4);
   const auto per_tau = static_cast<float>(1.4426950408889634 / p.temperature);
   const unsigned blocks = blocks_of(total, warps), threads = static_cast<unsigned>(warps * 32);
   if (of_queries) {

@@ -1,10 +1,11 @@
 // maxsim's forward on CUDA: one kernel over tiles, for each engine (maxsim_tile.cuh) and aggregate below. Contract:
 // ../maxsim.h.
 //
-// Blocking: a block holds consecutive query tokens, of several queries if they are short: 128 of them, or 32 for a list of
-// pairs and for few queries. It walks over some documents in tiles of 64 tokens, of one document each, so that a
-// document is read from L2 once for 128 query tokens. Tiles flow through kStages buffers filled by cp.async, without a
-// stop between documents. A thread keeps the running aggregate of its own columns; lanes meet once a document.
+// Blocking: a block holds consecutive query tokens, of several queries if they are short: 128 of them (64 in float32), or
+// 32 for short queries of a list and for few tokens in all. It walks over some documents in tiles of 64 tokens, of one
+// document each, so that a document is read from L2 once for 128 query tokens. Tiles flow through kStages buffers filled
+// by cp.async, without a stop between documents. A thread keeps the running aggregate of its own columns; lanes meet
+// once a document.
 // Bytes a tile of d from L2: 64 d elements for 2 * 128 * 64 * d operations. Shared memory at 16 bits and d = 128:
 // 37 KB of queries, which stay, and 37 KB of stages.
 #pragma once
@@ -32,7 +33,8 @@ struct Sweep {
 
 // What one block does: rows first_q .. of the query tokens, whose results begin at `out` of the per-token arrays.
 struct Part {
-  std::int64_t first_q, rows;
+  std::int64_t first_q;
+  int rows;  // of the tile
 };
 
 struct Columns {
@@ -60,26 +62,35 @@ __device__ __forceinline__ float query_factor(const MaxSimProblem& p, std::int64
   return p.q_inv == nullptr ? 1.0f : static_cast<const float*>(p.q_inv)[token];
 }
 
-// The similarities of a thread's columns in one of its rows, factors of the documents applied.
+// Makes a thread's sums similarities: the documents' factors, and -inf in columns that do not count. Bit c of the
+// result: whether column c does.
 template <class Engine>
-struct Values {
-  float factor[Engine::kColumns];
-  std::uint32_t kept;  // bit c: column c
-  bool scaled;
-
-  __device__ Values(const MaxSimProblem& p, const Columns& columns) : kept(0), scaled(p.d_inv != nullptr) {
+__device__ __forceinline__ std::uint32_t finish_tile(const MaxSimProblem& p, const Columns& columns,
+                                                     typename Engine::Sums& s) {
+  constexpr std::uint32_t kAll = (1u << Engine::kColumns) - 1;
+  std::uint32_t kept = 0;
+#pragma unroll
+  for (int c = 0; c < Engine::kColumns; ++c) {
+    const int column = Engine::column(c);
+    kept |= (columns.kept[column / 32] >> (column % 32) & 1u) << c;
+  }
+  if (p.d_inv != nullptr) {
 #pragma unroll
     for (int c = 0; c < Engine::kColumns; ++c) {
-      const int column = Engine::column(c);
-      factor[c] = scaled ? columns.factor[column] : 1.0f;
-      kept |= (columns.kept[column / 32] >> (column % 32) & 1u) << c;
+      const float factor = columns.factor[Engine::column(c)];
+#pragma unroll
+      for (int r = 0; r < Engine::kRows; ++r) Engine::at(s, r, c) *= factor;
     }
   }
-  __device__ __forceinline__ float operator()(const typename Engine::Sums& s, int r, int c) const {
-    const float v = Engine::value(s, r, c);
-    return scaled ? v * factor[c] : v;
+  if (kept != kAll) {
+#pragma unroll
+    for (int c = 0; c < Engine::kColumns; ++c) {
+#pragma unroll
+      for (int r = 0; r < Engine::kRows; ++r) Engine::at(s, r, c) = kept >> c & 1u ? Engine::at(s, r, c) : -infinity();
+    }
   }
-};
+  return kept;
+}
 
 // --- aggregates ---
 
@@ -98,27 +109,20 @@ struct Maximum {
       at[r] = kNone;
     }
   }
-  __device__ __forceinline__ void take(const typename Engine::Sums& s, const Values<Engine>& values, int t0) {
-    constexpr std::uint32_t kAll = (1u << Engine::kColumns) - 1;
+  __device__ __forceinline__ void take(typename Engine::Sums& s, std::uint32_t, int t0) {
 #pragma unroll
     for (int r = 0; r < Engine::kRows; ++r) {
-      float v[Engine::kColumns];
+      float top = Engine::at(s, r, 0);
 #pragma unroll
-      for (int c = 0; c < Engine::kColumns; ++c) v[c] = values(s, r, c);
-      if (values.kept != kAll) {
-#pragma unroll
-        for (int c = 0; c < Engine::kColumns; ++c) v[c] = values.kept >> c & 1u ? v[c] : -infinity();
-      }
-      float top = v[0];
-#pragma unroll
-      for (int c = 1; c < Engine::kColumns; ++c) top = max_nan(top, v[c]);
+      for (int c = 1; c < Engine::kColumns; ++c) top = max_nan(top, Engine::at(s, r, c));
       if (!above(top, m[r])) continue;
       m[r] = top;
       if constexpr (kWinners) {
         int column = 0;
 #pragma unroll
         for (int c = Engine::kColumns - 1; c >= 0; --c) {
-          if (v[c] == top || (top != top && v[c] != v[c])) column = Engine::column(c);
+          const float v = Engine::at(s, r, c);
+          if (v == top || (top != top && v != v)) column = Engine::column(c);
         }
         at[r] = t0 + column;
       }
@@ -126,7 +130,9 @@ struct Maximum {
   }
   __device__ __forceinline__ void finish(const MaxSimProblem& p, const Sweep& w, const Part& part, std::int64_t j,
                                          std::int64_t out, int warp_row) {
-    const int own = static_cast<int>(threadIdx.x) % Engine::kShare;
+    const int own = static_cast<int>(threadIdx.x) % Engine::kShare;  // the row of theirs that this lane stores
+    float result = 0;
+    int winner = kNone;
 #pragma unroll
     for (int r = 0; r < Engine::kRows; ++r) {
 #pragma unroll
@@ -139,19 +145,19 @@ struct Maximum {
           at[r] = other_at;
         }
       }
-      const std::int64_t row = warp_row + Engine::row(r);
-      if (own != r || row >= part.rows) continue;
-      float result = m[r];
-      int winner = at[r];
-      if (result == -infinity()) winner = first_kept(p, j);  // nothing is above it, so it may be no token at all
-      result *= query_factor(p, part.first_q + row);
-      if (winner == -1 || (p.floor != nullptr && p.floor[j] != 0 && result < 0)) {
-        winner = -1;
-        result = 0;
-      }
-      w.maxima[out + row] = result;
-      if constexpr (kWinners) store_winner(w.winners, out + row, winner);
+      result = own == r ? m[r] : result;
+      winner = own == r ? at[r] : winner;
     }
+    const int row = warp_row + Engine::row(own);
+    if (own >= Engine::kRows || row >= part.rows) return;
+    if (result == -infinity()) winner = first_kept(p, j);  // nothing is above it, so it may be no token at all
+    result *= query_factor(p, part.first_q + row);
+    if (winner == -1 || (p.floor != nullptr && p.floor[j] != 0 && result < 0)) {
+      winner = -1;
+      result = 0;
+    }
+    w.maxima[out + row] = result;
+    if constexpr (kWinners) store_winner(w.winners, out + row, winner);
   }
 };
 
@@ -164,7 +170,7 @@ struct Smooth {
   __device__ Smooth(const MaxSimProblem& p, const Sweep& w, const Part& part, int warp_row, unsigned char*) {
 #pragma unroll
     for (int r = 0; r < Engine::kRows; ++r) {
-      const std::int64_t row = warp_row + Engine::row(r);
+      const int row = warp_row + Engine::row(r);
       scale[r] = row < part.rows ? query_factor(p, part.first_q + row) * w.smooth : 0.0f;
     }
   }
@@ -177,18 +183,18 @@ struct Smooth {
   }
   // 2^(x - top), where inf - inf is 0.
   static __device__ __forceinline__ float term(float x, float top) { return exp2_approx(x == top ? 0.0f : x - top); }
-  __device__ __forceinline__ void take(const typename Engine::Sums& s, const Values<Engine>& values, int) {
+  __device__ __forceinline__ void take(typename Engine::Sums& s, std::uint32_t kept, int) {
 #pragma unroll
     for (int r = 0; r < Engine::kRows; ++r) {
       float v[Engine::kColumns], most = top[r];
 #pragma unroll
       for (int c = 0; c < Engine::kColumns; ++c) {
-        v[c] = values.kept >> c & 1u ? values(s, r, c) * scale[r] : -infinity();
+        v[c] = kept >> c & 1u ? Engine::at(s, r, c) * scale[r] : -infinity();
         most = max_nan(most, v[c]);
       }
       float total = sum[r] * term(top[r], most);
 #pragma unroll
-      for (int c = 0; c < Engine::kColumns; ++c) total += values.kept >> c & 1u ? term(v[c], most) : 0.0f;
+      for (int c = 0; c < Engine::kColumns; ++c) total += kept >> c & 1u ? term(v[c], most) : 0.0f;
       top[r] = most;
       sum[r] = total;
     }
@@ -196,6 +202,7 @@ struct Smooth {
   __device__ __forceinline__ void finish(const MaxSimProblem& p, const Sweep& w, const Part& part, std::int64_t j,
                                          std::int64_t out, int warp_row) {
     const int own = static_cast<int>(threadIdx.x) % Engine::kShare;
+    float own_top = 0, own_sum = 0;
 #pragma unroll
     for (int r = 0; r < Engine::kRows; ++r) {
 #pragma unroll
@@ -207,16 +214,18 @@ struct Smooth {
         sum[r] = here + there;
         top[r] = most;
       }
-      const std::int64_t row = warp_row + Engine::row(r);
-      if (own != r || row >= part.rows) continue;
-      const bool none = sum[r] == 0;  // a kept token adds at least one term of 1, or NaN
-      w.maxima[out + row] = none ? 0.0f : (top[r] + log2f(sum[r])) / w.smooth;
+      own_top = own == r ? top[r] : own_top;
+      own_sum = own == r ? sum[r] : own_sum;
     }
+    const int row = warp_row + Engine::row(own);
+    if (own >= Engine::kRows || row >= part.rows) return;
+    // No token: a kept one adds at least one term of 1, or NaN.
+    w.maxima[out + row] = own_sum == 0 ? 0.0f : (own_top + log2f(own_sum)) / w.smooth;
   }
 };
 
-// The mean of the k largest. A tile of similarities goes to shared memory, where one lane per row sorts it into the row's
-// list: simple, and slower than the maximum.
+// The mean of the k largest. A tile of similarities goes to shared memory, where one lane per row sorts it into the
+// row's list: simple, and slower than the maximum.
 template <class Engine>
 struct TopK {
   static constexpr int kStride = kTileN + 1;
@@ -236,13 +245,13 @@ struct TopK {
     if (lane() >= Engine::kWarpRows) return;
     for (int n = 0; n < k; ++n) at[n * Engine::kWarpRows + lane()] = -1;
   }
-  __device__ __forceinline__ void take(const typename Engine::Sums& s, const Values<Engine>& values, int t0) {
+  __device__ __forceinline__ void take(typename Engine::Sums& s, std::uint32_t own, int t0) {
     std::uint64_t kept = 0;
 #pragma unroll
     for (int c = 0; c < Engine::kColumns; ++c) {
-      kept |= static_cast<std::uint64_t>(values.kept >> c & 1u) << Engine::column(c);
+      kept |= static_cast<std::uint64_t>(own >> c & 1u) << Engine::column(c);
 #pragma unroll
-      for (int r = 0; r < Engine::kRows; ++r) tile[Engine::row(r) * kStride + Engine::column(c)] = values(s, r, c);
+      for (int r = 0; r < Engine::kRows; ++r) tile[Engine::row(r) * kStride + Engine::column(c)] = Engine::at(s, r, c);
     }
 #pragma unroll
     for (int lanes = 1; lanes < Engine::kShare; lanes *= 2) kept |= __shfl_xor_sync(kAllLanes, kept, lanes);
@@ -268,7 +277,7 @@ struct TopK {
   }
   __device__ __forceinline__ void finish(const MaxSimProblem& p, const Sweep& w, const Part& part, std::int64_t j,
                                          std::int64_t out, int warp_row) {
-    const std::int64_t row = warp_row + lane();
+    const int row = warp_row + lane();
     if (lane() >= Engine::kWarpRows || row >= part.rows) return;
     double sum = 0;
     for (int n = 0; n < k; ++n) {
@@ -297,19 +306,21 @@ struct Layout {
 
 // Where the loader is: it runs kStages - 1 chunks ahead of the products.
 struct Cursor {
-  std::int64_t j, end, t, k, begin, length, tile;  // tile: how many came before
+  std::int64_t j, end, begin;
+  int t, k, length;
+  unsigned tile;  // how many came before
 
   __device__ void document(const MaxSimProblem& p) {  // skips empty ones
     for (; j < end; ++j) {
       begin = p.d.offsets[j];
-      length = p.d.offsets[j + 1] - begin;
+      length = static_cast<int>(p.d.offsets[j + 1] - begin);
       if (length > 0) return;
     }
   }
   __device__ bool done() const { return j >= end; }
   __device__ void advance(const MaxSimProblem& p, int chunk) {
     k += chunk;
-    if (k < p.dim) return;
+    if (k < static_cast<int>(p.dim)) return;
     k = 0;
     t += kTileN;
     ++tile;
@@ -321,7 +332,8 @@ struct Cursor {
 };
 
 template <class Engine, class Aggregate, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32) sweep(MaxSimProblem p, Sweep w) {
+__global__ void __launch_bounds__(kWarps * 32, kWarps == Engine::kLargeWarps ? Engine::kLargeBlocks : 1)
+    sweep(MaxSimProblem p, Sweep w) {
   using L = Layout<Engine, Aggregate, kWarps>;
   using Element = typename Engine::Element;
   DYN_SHARED(unsigned char, shared);
@@ -329,24 +341,25 @@ __global__ void __launch_bounds__(kWarps * 32) sweep(MaxSimProblem p, Sweep w) {
   const std::int64_t part_of = blockIdx.x / w.tiles_m, m0 = blockIdx.x % w.tiles_m * L::kTileM;
   const std::int64_t query = listed ? p.pair_q[part_of] : 0;
   const std::int64_t q_begin = listed ? p.q.offsets[query] : 0, q_end = listed ? p.q.offsets[query + 1] : p.q.total;
-  const Part part{q_begin + m0, q_end - q_begin - m0};
+  const std::int64_t left_q = q_end - q_begin - m0;
+  const Part part{q_begin + m0, static_cast<int>(left_q < L::kTileM ? left_q : L::kTileM)};
   if (part.rows <= 0) return;  // all threads of the block
   const std::int64_t j_begin = listed ? p.pair_d[part_of] : part_of * w.per_block;
   const std::int64_t j_end = listed || j_begin + w.per_block < p.d.count ? j_begin + w.per_block : p.d.count;
 
-  const std::int64_t chunks = (p.dim + Engine::kChunk - 1) / Engine::kChunk;
+  const int dim = static_cast<int>(p.dim), chunks = (dim + Engine::kChunk - 1) / Engine::kChunk;
   unsigned char* const q_tiles = shared;
   unsigned char* const d_tiles = q_tiles + (w.resident ? chunks : kStages) * L::kQueryBytes;
   auto* const columns = reinterpret_cast<Columns*>(d_tiles + kStages * L::kDocumentBytes);
   auto* const room = reinterpret_cast<unsigned char*>(columns + kStages);
 
-  const auto load_q = [&](std::int64_t k, unsigned char* to) {
-    load_rows<Element, L::kTileM, L::kThreads>(p.q, part.first_q, part.rows, k, p.dim, w.q_aligned, to);
+  const auto load_q = [&](int k, unsigned char* to) {
+    load_rows<Element, L::kTileM, L::kThreads>(p.q, part.first_q, part.rows, k, dim, w.q_aligned, to);
   };
-  const auto load = [&](const Cursor& at, std::int64_t step) {
-    const std::int64_t stage = step % kStages;
+  const auto load = [&](const Cursor& at, unsigned step) {
+    const unsigned stage = step % kStages;
     if (!w.resident) load_q(at.k, q_tiles + stage * L::kQueryBytes);
-    load_rows<Element, kTileN, L::kThreads>(p.d, at.begin + at.t, at.length - at.t, at.k, p.dim, w.d_aligned,
+    load_rows<Element, kTileN, L::kThreads>(p.d, at.begin + at.t, at.length - at.t, at.k, dim, w.d_aligned,
                                             d_tiles + stage * L::kDocumentBytes);
     if (at.k != 0) return;
     Columns& to = columns[at.tile % kStages];
@@ -359,13 +372,13 @@ __global__ void __launch_bounds__(kWarps * 32) sweep(MaxSimProblem p, Sweep w) {
     }
   };
 
-  Cursor ahead{j_begin, j_end, 0, 0, 0, 0, 0};
+  Cursor ahead{j_begin, j_end, 0, 0, 0, 0, 0u};
   ahead.document(p);
   if (w.resident && !ahead.done()) {
-    for (std::int64_t n = 0; n < chunks; ++n) load_q(n * Engine::kChunk, q_tiles + n * L::kQueryBytes);
+    for (int n = 0; n < chunks; ++n) load_q(n * Engine::kChunk, q_tiles + n * L::kQueryBytes);
   }
-  std::int64_t step = 0, tile = 0;
-  for (int n = 0; n < kStages - 1; ++n) {
+  unsigned step = 0, tile = 0;
+  for (unsigned n = 0; n < kStages - 1; ++n) {
     if (!ahead.done()) {
       load(ahead, n);
       ahead.advance(p, Engine::kChunk);
@@ -377,10 +390,10 @@ __global__ void __launch_bounds__(kWarps * 32) sweep(MaxSimProblem p, Sweep w) {
   typename Engine::Sums sums;
   for (std::int64_t j = j_begin; j < j_end; ++j) {
     aggregate.start();
-    const std::int64_t length = p.d.offsets[j + 1] - p.d.offsets[j];
-    for (std::int64_t t = 0; t < length; t += kTileN, ++tile) {
+    const int length = static_cast<int>(p.d.offsets[j + 1] - p.d.offsets[j]);
+    for (int t = 0; t < length; t += kTileN, ++tile) {
       Engine::clear(sums);
-      for (std::int64_t n = 0; n < chunks; ++n, ++step) {
+      for (int n = 0; n < chunks; ++n, ++step) {
         cp_async_wait<kStages - 2>();
         __syncthreads();  // the step is there for all, and nobody still reads the buffers to be filled next
         if (!ahead.done()) {
@@ -388,12 +401,12 @@ __global__ void __launch_bounds__(kWarps * 32) sweep(MaxSimProblem p, Sweep w) {
           ahead.advance(p, Engine::kChunk);
         }
         cp_async_commit();
-        const std::int64_t left = p.dim - n * Engine::kChunk;
-        Engine::multiply(q_tiles + (w.resident ? n : step % kStages) * L::kQueryBytes + warp_row * kRowBytes,
-                         d_tiles + step % kStages * L::kDocumentBytes,
-                         static_cast<int>(left < Engine::kChunk ? left : Engine::kChunk), sums);
+        const int left = dim - n * Engine::kChunk;
+        const unsigned stage = step % kStages;
+        Engine::multiply(q_tiles + (w.resident ? static_cast<unsigned>(n) : stage) * L::kQueryBytes + warp_row * kRowBytes,
+                         d_tiles + stage * L::kDocumentBytes, left < Engine::kChunk ? left : Engine::kChunk, sums);
       }
-      aggregate.take(sums, Values<Engine>(p, columns[tile % kStages]), static_cast<int>(t));
+      aggregate.take(sums, finish_tile<Engine>(p, columns[tile % kStages], sums), t);
     }
     aggregate.finish(p, w, part, j, (listed ? part_of * p.max_q : j * p.q.total) + m0, warp_row);
   }

@@ -61,13 +61,13 @@ struct Simt {
   using Element = float;
   static constexpr int kWarpRows = 16, kRows = 4, kColumns = 8;
   static constexpr int kShare = 8;  // neighbouring lanes that share rows
-  static constexpr int kSmallWarps = 2, kLargeWarps = 8;
+  static constexpr int kSmallWarps = 2, kLargeWarps = 4, kLargeBlocks = 3;  // blocks an SM
   static constexpr int kChunk = kChunkBytes / 4;
   using Sums = float[kRows][kColumns];
 
   static __device__ int row(int r) { return r * 4 + static_cast<int>(threadIdx.x) % 32 / 8; }
   static __device__ int column(int c) { return c * 8 + static_cast<int>(threadIdx.x) % 8; }
-  static __device__ float value(const Sums& s, int r, int c) { return s[r][c]; }
+  static __device__ float& at(Sums& s, int r, int c) { return s[r][c]; }
   static __device__ void clear(Sums& s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -77,6 +77,7 @@ struct Simt {
   }
   // q: this warp's first row of a chunk; d: the tile's; depth: elements of the chunk that there are.
   static __device__ void multiply(const unsigned char* q, const unsigned char* d, int depth, Sums& s) {
+#pragma unroll 1  // two steps at once need more registers than three blocks leave
     for (int k = 0; k < depth; k += 4) {
       float4 a[kRows];
 #pragma unroll
@@ -103,13 +104,13 @@ struct Mma {
   using Element = std::uint16_t;
   static constexpr int kWarpRows = 32, kRows = 4, kColumns = 16;
   static constexpr int kShare = 4;
-  static constexpr int kSmallWarps = 1, kLargeWarps = 4;
+  static constexpr int kSmallWarps = 1, kLargeWarps = 4, kLargeBlocks = 3;
   static constexpr int kChunk = kChunkBytes / 2;
   using Sums = float[2][8][4];
 
   static __device__ int row(int r) { return r / 2 * 16 + r % 2 * 8 + static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ int column(int c) { return c / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + c % 2; }
-  static __device__ float value(const Sums& s, int r, int c) { return s[r / 2][c / 2][r % 2 * 2 + c % 2]; }
+  static __device__ float& at(Sums& s, int r, int c) { return s[r / 2][c / 2][r % 2 * 2 + c % 2]; }
   static __device__ void clear(Sums& s) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -124,6 +125,7 @@ struct Mma {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const unsigned char* a_row = q + lane % 16 * kRowBytes + lane / 16 * 16;
     const unsigned char* b_row = d + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16;
+#pragma unroll 1  // as above
     for (int k = 0; k < depth; k += 16) {
       std::uint32_t a[2][4];
 #pragma unroll
@@ -146,16 +148,22 @@ struct Mma {
 // Brings elements k0 .. of `rows` tokens from `first` on to a tile of kTile rows; zeros where there are none. aligned:
 // by cp.async, else converted on the way, which needs float tiles.
 template <class Element, int kTile, int kThreads>
-__device__ __forceinline__ void load_rows(const Tokens& x, std::int64_t first, std::int64_t rows, std::int64_t k0,
-                                          std::int64_t dim, bool aligned, unsigned char* to) {
+__device__ __forceinline__ void load_rows(const Tokens& x, std::int64_t first, int rows, int k0, int dim,
+                                          bool aligned, unsigned char* to) {
   constexpr int kEach = 16 / static_cast<int>(sizeof(Element));
   if (aligned) {
-    for (int piece = static_cast<int>(threadIdx.x); piece < kTile * kPieces; piece += kThreads) {
-      const int row = piece / kPieces, part = piece % kPieces;
-      const std::int64_t k = k0 + part * kEach;
-      const bool inside = row < rows && k < dim;
-      const auto* from = static_cast<const Element*>(x.data) + (inside ? (first + row) * x.stride + k : 0);
-      cp_async_16(to + row * kRowBytes + part * 16, from, inside);
+    constexpr int kRowsAtOnce = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kTile % kRowsAtOnce == 0, "every thread keeps to its part of a row");
+    const int part = static_cast<int>(threadIdx.x) % kPieces, row0 = static_cast<int>(threadIdx.x) / kPieces;
+    const int k = k0 + part * kEach, most = k < dim ? rows : 0;
+    const auto* const data = static_cast<const Element*>(x.data);
+    const Element* from = data + (first + row0) * x.stride + k;
+    unsigned char* at = to + row0 * kRowBytes + part * 16;
+#pragma unroll 1  // few registers: addresses of all steps would not leave the loops around this one
+    for (int row = row0; row < kTile; row += kRowsAtOnce) {
+      cp_async_16(at, row < most ? from : data, row < most);
+      from += kRowsAtOnce * x.stride;
+      at += kRowsAtOnce * kRowBytes;
     }
     return;
   }

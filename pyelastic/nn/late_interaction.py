@@ -23,8 +23,8 @@ class LateInteraction(nn.Module):
         loss: ``"info_nce"``, ``"kl_distill"`` or ``"margin_mse"``; the last two take ``teacher_scores`` in ``forward``.
         options: further keyword arguments of the loss for every call, e.g. ``temperature``; ``forward`` takes them too.
 
-    Gradients of a document token that won nowhere are zero, and the head's backward leaves such rows out where they are
-    the most (on the CPU; see ``pyelastic.projection``).
+    Gradients of a document token that won nowhere are zero, and the last layer leaves such rows out of its backward
+    where they are the most: on the CPU it counts them, on a GPU the k-negatives layout bounds them by shape.
     """
 
     def __init__(
@@ -50,8 +50,14 @@ class LateInteraction(nn.Module):
                 f"LateInteraction: loss is {self.loss!r}; teacher_scores go with the others, and they need them"
             )
         given = () if teacher_scores is None else (teacher_scores,)
-        q, d = self.query_head(queries), self.head(documents)
-        loss: Tensor = LOSSES[self.loss](q, d, *given, **{**self.options, **options})
+        options = {**self.options, **options}
+        bound = None
+        if documents.ndim == 4 and queries.ndim == 3 and not options.get("smooth_temperature"):
+            # Each query token has one winner in each of its documents, or topk of them, per prefix.
+            winners = options.get("topk", 1) * len(options.get("dims") or (1,))
+            bound = documents.shape[0] * documents.shape[1] * queries.shape[1] * winners
+        q, d = self.query_head(queries), self.head(documents, bound)
+        loss: Tensor = LOSSES[self.loss](q, d, *given, **options)
         return loss
 
     def score(self, queries: Tensor, documents: Tensor, **options: Any) -> Tensor:

@@ -245,8 +245,8 @@ class ProjectionHead(nn.Module):
                 with torch.no_grad():
                     block.linear.weight.mul_(NEAR_ZERO)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> [..., d_out] in x's dtype."""
+    def forward(self, x: Tensor, gradient_rows: int | None = None) -> Tensor:
+        """x [..., d_in] -> [..., d_out] in x's dtype; ``gradient_rows``: see ``pyelastic.projection``."""
         h = self.norm(x)
         start = h
         for block in self.blocks[:-1]:
@@ -261,7 +261,7 @@ class ProjectionHead(nn.Module):
         through = self.skip if self.use_skip else last.residual
         return projection(
             h, last.linear.weight, last.linear.bias, residual=added, normalize=self.normalize, backend=self.backend,
-            residual_weight=None if through is None else through.weight,
+            residual_weight=None if through is None else through.weight, gradient_rows=gradient_rows,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """Launcher of maxsim's CUDA kernels: allocate on the current stream, one call per prefix of the dimension.
 
-Two 16-bit sides of one dtype are multiplied on tensor cores with float32 sums, whose rows are copied first if they are not
-16-byte aligned; everything else in float32, converted (or decoded, if quantised) inside the tiles. Offsets, masks and
-pairs stay on the device: nothing here synchronises, so a step can be captured in a CUDA graph. Contract of the kernels:
-csrc/maxsim.h.
+Two 16-bit sides of one dtype are multiplied on tensor cores with float32 sums; their rows are copied first if they are
+not 16-byte aligned. Everything else is multiplied in float32, converted (or decoded, if quantised) inside the tiles.
+Offsets, masks and pairs stay on the device: nothing here synchronises, so a step can be captured in a CUDA graph.
+Contract of the kernels: csrc/maxsim.h.
 """
 
 from __future__ import annotations
@@ -192,8 +192,10 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward(k: _Kernels, inverse: Any, scores: Tensor, maxima: Tensor, winners: Tensor) -> None:
-    """Chunks of documents, whose maxima are kept only where they are asked for. Top-k takes one chunk, as the winners of a
-    chunk would not be [k, documents, tokens] of the whole."""
+    """Chunks of documents, whose maxima are kept only where they are asked for.
+
+    Top-k takes one chunk, as the winners of a chunk would not be [k, documents, tokens] of the whole.
+    """
     x = k.x
     for plane in range(x.planes):
         parts = [(0, k.documents_count)] if maxima.numel() or x.topk > 1 else k.chunks(4)

@@ -145,10 +145,11 @@ def backward(
     inverse: Tensor,
     normalize: bool,
     needs: tuple[bool, bool, bool, bool, bool],
+    gradient_rows: int = -1,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, residual and residual_weight; [0] where not needed."""
     need_x, need_w, need_b, need_r, need_rw = needs
-    kept, total = _compact(k, grad), grad.shape[0]
+    kept, total = _compact(k, grad, gradient_rows), grad.shape[0]
     if kept is not None:
         grad, x, y = grad[kept], x[kept], y[kept]
         inverse = inverse[kept] if normalize else inverse
@@ -198,9 +199,11 @@ def _store_product(k: Kernels, out: Tensor, a: Tensor, b: Tensor, room: Tensor) 
     out.copy_(product)
 
 
-def _compact(k: Kernels, grad: Tensor) -> Tensor | None:
-    """Rows with a gradient, if they are few."""
+def _compact(k: Kernels, grad: Tensor, bound: int) -> Tensor | None:
+    """Rows with a gradient, if they are few; where counting them would synchronise, ``bound`` rows with all of them."""
     if not k.compacts:
-        return None
+        if not 0 <= bound < COMPACT_BELOW * grad.shape[0]:
+            return None
+        return torch.argsort((grad != 0).any(1), descending=True, stable=True)[:bound]
     some = (grad != 0).any(1)
     return some.nonzero()[:, 0] if int(some.sum()) < COMPACT_BELOW * len(some) else None

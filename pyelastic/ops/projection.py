@@ -58,6 +58,7 @@ def projection(
     residual: Tensor | None = None,
     residual_weight: Tensor | None = None,
     normalize: bool = True,
+    gradient_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``normalize(x W^T + bias + residual R^T)`` along the last dimension.
@@ -66,6 +67,9 @@ def projection(
         x: [..., d_in]. weight: [d_out, d_in]. bias: [d_out].
         residual: [..., d_out], added as it is; or [..., d_r] with ``residual_weight`` [d_out, d_r], the projected skip.
         normalize: divide by ``max(|z|, 1e-12)``, as ``F.normalize``; False leaves the epilogue without it.
+        gradient_rows: a bound, known from shapes, on the rows of y that will have a gradient other than zero; if it is
+            below half of them, the backward on a GPU gathers that many first (rows beyond a wrong bound would be lost).
+            The CPU counts them itself. In maxsim's k-negatives layout it is Nq K Lq: see ``nn.LateInteraction``.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``eager``.
 
     Returns:
@@ -80,7 +84,8 @@ def projection(
     chosen = _dispatch.resolve(OP, Call(OP, x.device, x.dtype, "x"), backend)
     flat = x.reshape(-1, x.shape[-1])
     r = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y: Tensor = chosen.run(flat, weight, bias, r, residual_weight, normalize)  # type: ignore[misc]
+    bound = -1 if gradient_rows is None else gradient_rows
+    y: Tensor = chosen.run(flat, weight, bias, r, residual_weight, normalize, bound)  # type: ignore[misc]
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -129,7 +134,7 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? resi
 _FORWARD = f"({_INPUTS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(Tensor grad, Tensor x, Tensor weight, Tensor? residual, Tensor? residual_weight, Tensor y, Tensor inverse, "
-    "bool normalize, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool normalize, bool[5] needs, SymInt gradient_rows=-1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -141,7 +146,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
-    grad, x, weight, residual, residual_weight, y, inverse, normalize, needs
+    grad, x, weight, residual, residual_weight, y, inverse, normalize, needs, gradient_rows=-1
 ):
     dtype = statistics_dtype(x)
 
@@ -195,10 +200,10 @@ class _Backward(torch.autograd.Function):
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, backend: str, gradient_rows: int, *inputs: Any) -> Tensor:
         y, inverse = OPS[backend][0](*inputs)
         x, weight, _, residual, residual_weight, ctx.normalize = inputs
-        ctx.backend = backend
+        ctx.backend, ctx.gradient_rows = backend, gradient_rows
         ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
         # Not normalised, the backward does not read y, and the caller may change it in place.
         ctx.save_for_backward(x, weight, residual, residual_weight, y if ctx.normalize else None, inverse)
@@ -207,13 +212,13 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, residual, residual_weight, y, inverse = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[1:6])
+        needs = list(ctx.needs_input_grad[2:7])
         y = grad if y is None else y
         made = _Backward.apply(
-            ctx.backend, grad, x, weight, residual, residual_weight, y, inverse, ctx.normalize, needs
+            ctx.backend, grad, x, weight, residual, residual_weight, y, inverse, ctx.normalize, needs, ctx.gradient_rows
         )
         found = (g.to(dtype) if need else None for g, need, dtype in zip(made, needs, ctx.dtypes, strict=True))
-        return (None, *found, None)
+        return (None, None, *found, None)
 
 
 # --- backends -------------------------------------------------------------------------------------------------
@@ -221,14 +226,14 @@ class _Projection(torch.autograd.Function):
 
 def _run(backend: str) -> Any:
     def run(*inputs: Any) -> Tensor:
-        return _Projection.apply(backend, *inputs)
+        return _Projection.apply(backend, inputs[-1], *inputs[:-1])
 
     return run
 
 
 def _run_eager(*inputs: Any) -> Tensor:
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return eager.project(*inputs)
+        return eager.project(*inputs[:-1])
 
 
 def _make_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Call:

@@ -170,7 +170,9 @@ def upstream_of(case: Case) -> Tensor:
     return torch.randn(shape, generator=random, dtype=torch.float64).to(case.x.dtype)
 
 
-def call(backend: str, case: Case, need: tuple[str, ...] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def call(
+    backend: str, case: Case, need: tuple[str, ...] | None = None, **more: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(y, leaves of that call by name); ``need``: those that require a gradient, default all. Layouts are kept."""
     backends.skip_unsupported(OP, backend, case.x.dtype)
     device = backends.device_of(backend)
@@ -179,7 +181,7 @@ def call(backend: str, case: Case, need: tuple[str, ...] | None = None) -> tuple
         leaves[name] = value.detach().to(device).requires_grad_(need is None or name in need)
     options = {"residual": leaves.get("residual"), "residual_weight": leaves.get("residual_weight")}
     y = pyelastic.projection(
-        leaves["x"], leaves["weight"], leaves.get("bias"), normalize=case.normalize, backend=backend, **options
+        leaves["x"], leaves["weight"], leaves.get("bias"), normalize=case.normalize, backend=backend, **options, **more
     )
     return y, leaves
 

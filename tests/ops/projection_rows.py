@@ -40,13 +40,12 @@ def forward_case(
     residual: torch.dtype | None = torch.float32,
     normalize: bool = True,
     layout: str = "sliced",
-    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Check `forward` on random rows. Returns y, its truth and A, and the inverse norms, on the CPU."""
     device = backends.device_of(backend)
-    z = torch.randn(rows, dim) * scale
-    b = torch.randn(dim) * scale if bias else None
-    r = None if residual is None else lay((torch.randn(rows, dim) * scale).to(residual), layout)
+    z = torch.randn(rows, dim)
+    b = torch.randn(dim) if bias else None
+    r = None if residual is None else lay(torch.randn(rows, dim).to(residual), layout)
     out, buffer = room(rows, dim, dtype, device)
     inverse = torch.full((rows,), torch.nan, device=device) if normalize else None
     on = [None if t is None else t.to(device) for t in (z, b)]

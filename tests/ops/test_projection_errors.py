@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import backends
 import pytest
 import torch
 from projection_cases import OP, call, make, over_kernels
@@ -88,8 +87,8 @@ def test_eager_has_a_double_backward() -> None:
 
 
 def test_backends_say_why_not() -> None:
-    reasons = pyelastic.backends(OP, X, W)
-    assert reasons["eager"] is None and (backends.GPU or reasons["cuda"] is not None)
     x, w = X.to("meta"), W.to("meta")
+    reasons = pyelastic.backends(OP, x, w)
+    assert reasons.pop("eager") is None and None not in reasons.values()
     with pytest.raises(pyelastic.BackendError, match=r"projection: backend 'cpu' cannot run this call: x is on meta"):
         pyelastic.projection(x, w, backend="cpu")

@@ -172,11 +172,13 @@ def test_thread_count_does_not_change_a_bit(
 # --- rows without a gradient -----------------------------------------------------------------------------------
 
 
-def sparse(case: Case, rows: tuple[int, ...], backend: str) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def sparse(
+    case: Case, rows: tuple[int, ...], backend: str, **options: Any
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """y, gradients and upstream of a call in which only ``rows`` have a gradient."""
     upstream = torch.zeros_like(upstream_of(case))
     upstream[list(rows)] = upstream_of(case)[list(rows)]
-    y, leaves = call(backend, case)
+    y, leaves = call(backend, case, **options)
     y.backward(upstream.to(y.device))
     return y, gradients_of(leaves), upstream
 
@@ -194,6 +196,16 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
     monkeypatch.setattr(launcher, "_compact", spy)
     return seen
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("cpu", "eager")])
+@pytest.mark.parametrize("bound", (4, 7, 19, 20))
+def test_a_bound_on_rows_with_a_gradient(backend: str, bound: int, gathered: list[int | None]) -> None:
+    """On a GPU, where counting would synchronise: the rows with a gradient and others up to the bound, below half."""
+    case = make(40, skip="projected")
+    y, grads, upstream = sparse(case, (3, 4, 17, 31), backend, gradient_rows=bound)
+    check(backend, case, reference(case, upstream), y, grads)
+    assert gathered == [bound if bound < 20 else None]
 
 
 @over_backends
