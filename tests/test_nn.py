@@ -13,7 +13,7 @@ import torch
 import pyelastic
 from pyelastic import margins, nn
 
-HEADS = [getattr(nn, name) for name in nn.__all__ if name != "MarginSoftmax"]
+HEADS = [c for c in map(nn.__dict__.get, nn.__all__) if issubclass(c, nn.MarginSoftmax) and c is not nn.MarginSoftmax]
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
