@@ -3,10 +3,12 @@
 // Pointers come as integers (tensor.data_ptr(), 0 for none), sizes and strides in elements. Shapes,
 // dtypes and devices are checked in pyelastic/ops/, which is the only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings_cuda.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "fira.h"
 #include "margin_softmax.h"
 #include "maxsim.h"
 #include "projection.h"
@@ -33,6 +35,61 @@ T* as(Pointer p) {
 #else
 #define PYELASTIC_CHOOSE(table) pyelastic::baseline::table
 #endif
+
+template <class T>
+const pyelastic::FiraKernels<T>& fira() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(fira_float);
+  } else {
+    return PYELASTIC_CHOOSE(fira_double);
+  }
+}
+
+// (vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s)
+using FiraProblem = std::tuple<Int, Int, Int, bool, double, double, double, double, double, double, double, double>;
+pyelastic::FiraProblem problem(const FiraProblem& p) {
+  const auto& [vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s] = p;
+  return {vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s};
+}
+// (m, v, dtype, m_scale, v_scale)
+using FiraMoments = std::tuple<Pointer, Pointer, int, Pointer, Pointer>;
+pyelastic::FiraMoments moments(const FiraMoments& s) {
+  const auto& [m, v, dtype, m_scale, v_scale] = s;
+  return {as<void>(m), as<void>(v), static_cast<Dtype>(dtype), as<float>(m_scale), as<float>(v_scale)};
+}
+
+template <class T>
+void bind_fira(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("fira_") + stem + suffix; };
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def(name("moments").c_str(),
+        [](const FiraProblem& p, Pointer r, int r_dtype, Pointer g, int g_dtype, Int g_stride, const FiraMoments& s,
+           Pointer squares, int threads) {
+          fira<T>().moments(problem(p), as<const void>(r), static_cast<Dtype>(r_dtype), as<const void>(g),
+                            static_cast<Dtype>(g_dtype), g_stride, moments(s), as<double>(squares), threads);
+        }, nogil);
+  m.def(name("scales").c_str(),
+        [](const FiraProblem& p, Pointer squares, Pointer gram, Pointer exact, double before, double gamma,
+           bool collapse, bool per_matrix, Pointer f) {
+          const auto out = fira<T>().scales(problem(p), as<const double>(squares), as<const double>(gram),
+                                            as<const double>(exact), before, gamma, collapse, per_matrix, as<T>(f));
+          return std::make_tuple(out.norm, out.kept, out.lim, out.kappa);
+        }, nogil);
+  m.def(name("coefficients").c_str(),
+        [](const FiraProblem& p, const FiraMoments& s, Pointer f, Pointer r, int r_dtype, int threads) {
+          fira<T>().coefficients(problem(p), moments(s), as<const T>(f), as<void>(r), static_cast<Dtype>(r_dtype),
+                                 threads);
+        }, nogil);
+  m.def(name("apply").c_str(),
+        [](const FiraProblem& p, Pointer t, int t_dtype, Pointer f, Pointer g, Int g_stride, Pointer w, Int w_stride,
+           int w_dtype, Int first, Int rows, double size, double keep,
+           const std::tuple<bool, std::uint64_t, std::uint32_t, Pointer>& rounding, int threads) {
+          const auto& [stochastic, seed, step, remainder] = rounding;
+          fira<T>().apply(problem(p), as<const void>(t), static_cast<Dtype>(t_dtype), as<const T>(f),
+                          as<const void>(g), g_stride, as<void>(w), w_stride, static_cast<Dtype>(w_dtype), first,
+                          rows, size, keep, {stochastic, seed, step, as<void>(remainder)}, threads);
+        }, nogil);
+}
 
 template <class T>
 const pyelastic::MarginSoftmaxKernels<T>& margin_softmax() {
@@ -228,6 +285,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyelastic. Private: call pyelastic.ops instead.";
   m.def("isa", [] { return pyelastic::isa_name(pyelastic::isa()); });
   m.def("use_openmp", [](Pointer gomp_parallel) { pyelastic::use_openmp(as<void>(gomp_parallel)); });
+  bind_fira<float>(m, "_f32");
+  bind_fira<double>(m, "_f64");
   bind_margin_softmax<float>(m, "_f32");
   bind_margin_softmax<double>(m, "_f64");
   bind_maxsim<float>(m, "_f32");

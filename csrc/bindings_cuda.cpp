@@ -1,9 +1,14 @@
 // The CUDA half of pyelastic._C, and the whole of the emulator's module. Device pointers come as integers.
 #include "bindings_cuda.h"
 
+#include <array>
+#include <stdexcept>
+
+#include "fira.h"
 #include "margin_softmax.h"
 #include "maxsim.h"
 #include "mma_gemm.h"
+#include "projection.h"
 
 namespace py = pybind11;
 using pyelastic::Dtype;
@@ -105,6 +110,46 @@ void bind_margin_softmax(py::module_& m) {
         }, nogil);
 }
 
+// (w, g, p, r, c, m, v, gram, remainder, stats, f, scalars, limiter_norm, step), (rows, columns, rank, g_stride,
+// w_stride), seed, left
+using FiraMatrix = std::tuple<std::array<Pointer, 14>, std::array<Int, 5>, std::uint64_t, bool>;
+pyelastic::cuda::FiraMatrix matrix(const FiraMatrix& x) {
+  const auto& [p, size, seed, left] = x;
+  return {as<void>(p[0]),  as<const void>(p[1]), as<const void>(p[2]),  as<float>(p[3]), as<void>(p[4]),
+          as<void>(p[5]),  as<void>(p[6]),       as<const float>(p[7]), as<void>(p[8]),  as<float>(p[9]),
+          as<float>(p[10]), as<float>(p[11]),    as<float>(p[12]),      as<float>(p[13]), size[0],
+          size[1],         size[2],              size[3],               size[4],         seed,
+          left};
+}
+
+// (dtype, moment_dtype, lr, grad_factor, found_inf), (beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s), flags, mma
+using FiraShared = std::tuple<std::tuple<int, int, Pointer, Pointer, Pointer>, std::array<double, 8>, int, bool>;
+pyelastic::cuda::FiraShared shared(const FiraShared& s) {
+  const auto& [head, x, flags, mma] = s;
+  const auto& [dtype, moment_dtype, lr, grad_factor, found_inf] = head;
+  const auto single = [&](int i) { return static_cast<float>(x[i]); };
+  return {static_cast<Dtype>(dtype), static_cast<Dtype>(moment_dtype), as<const double>(lr), as<const float>(grad_factor),
+          as<const float>(found_inf), x[0], x[1], single(2), single(3), single(4), single(5), single(6), single(7), flags,
+          mma};
+}
+
+void bind_fira(py::module_& m) {
+  using Kernel = void (*)(const pyelastic::cuda::FiraMatrix*, int, const pyelastic::cuda::FiraShared&, void*);
+  const auto def = [&](const char* name, Kernel kernel) {
+    m.def(name, [kernel](const std::vector<FiraMatrix>& group, const FiraShared& s, Pointer stream) {
+      pyelastic::cuda::FiraMatrix matrices[pyelastic::cuda::kFiraGroup];
+      if (group.size() > pyelastic::cuda::kFiraGroup) throw std::invalid_argument("fira: too many matrices in a group");
+      for (std::size_t i = 0; i < group.size(); ++i) matrices[i] = matrix(group[i]);
+      kernel(matrices, static_cast<int>(group.size()), shared(s), as<void>(stream));
+    }, py::call_guard<py::gil_scoped_release>());
+  };
+  def("cuda_fira_project", pyelastic::cuda::fira_project);
+  def("cuda_fira_moments", pyelastic::cuda::fira_moments);
+  def("cuda_fira_limiter", pyelastic::cuda::fira_limiter);
+  def("cuda_fira_coefficients", pyelastic::cuda::fira_coefficients);
+  def("cuda_fira_apply", pyelastic::cuda::fira_apply);
+}
+
 // Tokens as Python passes them: (pointer, dtype, stride, offsets, count, total, bits, codes, centroids, buckets,
 // dimension of the centroids).
 using Side = std::tuple<Pointer, int, Int, Pointer, Int, Int, int, Pointer, Pointer, Pointer, Int>;
@@ -170,6 +215,30 @@ void bind_maxsim(py::module_& m) {
         }, nogil);
 }
 
+// (pointer, dtype, row stride)
+using Rows = std::tuple<Pointer, int, Int>;
+pyelastic::MatrixView rows_view(const Rows& m) {
+  return {as<const void>(std::get<0>(m)), static_cast<Dtype>(std::get<1>(m)), std::get<2>(m)};
+}
+
+void bind_projection(py::module_& m) {
+  namespace cuda = pyelastic::cuda;
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("cuda_projection_forward",
+        [](Pointer z, Pointer bias, const Rows& residual, Int rows, Int dim, const Rows& out, Pointer inverse,
+           Pointer stream) {
+          const auto& [data, dtype, stride] = out;
+          cuda::projection_forward(as<const float>(z), as<const float>(bias), rows_view(residual), rows, dim,
+                                   as<void>(data), static_cast<Dtype>(dtype), stride, as<float>(inverse),
+                                   as<void>(stream));
+        }, nogil);
+  m.def("cuda_projection_backward",
+        [](const Rows& grad, const Rows& y, Pointer inverse, Int rows, Int dim, Pointer dz, Pointer stream) {
+          cuda::projection_backward(rows_view(grad), rows_view(y), as<const float>(inverse), rows, dim, as<float>(dz),
+                                    as<void>(stream));
+        }, nogil);
+}
+
 }  // namespace
 
 void pyelastic::bind_cuda(py::module_& m) {
@@ -180,5 +249,7 @@ void pyelastic::bind_cuda(py::module_& m) {
                                     columns, k, as<float>(c), ldc, splits, add, as<void>(stream));
         }, py::call_guard<py::gil_scoped_release>());
   bind_margin_softmax(m);
+  bind_fira(m);
   bind_maxsim(m);
+  bind_projection(m);
 }

@@ -10,7 +10,7 @@
 // the BLAS makes the gradients. z of all rows never exists.
 //
 // Conventions. T is the compute type, float or double. Matrices are row-major with contiguous columns; strides are those
-// of rows, in elements. Deterministic: a row is owned by one thread (CPU) or warp (CUDA).
+// of rows, in elements. Deterministic: a row is owned by one thread (CPU), or by one warp or block (CUDA).
 #pragma once
 
 #include <cstdint>
@@ -46,5 +46,18 @@ PYELASTIC_DECLARE(baseline)
 PYELASTIC_DECLARE(avx2)
 PYELASTIC_DECLARE(avx512)
 #undef PYELASTIC_DECLARE
+
+// The same on CUDA, in float. The residual is of out's dtype or float32, grad and y are of one dtype, of which none is
+// float64. Asynchronous on `stream`.
+namespace cuda {
+
+using Stream = void*;
+
+void projection_forward(const float* z, const float* bias, MatrixView residual, std::int64_t rows, std::int64_t dim,
+                        void* out, Dtype dtype, std::int64_t stride, float* inverse, Stream stream);
+void projection_backward(MatrixView grad, MatrixView y, const float* inverse, std::int64_t rows, std::int64_t dim,
+                         float* dz, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace pyelastic

@@ -143,6 +143,59 @@ def cuda_mma_gemm(
     a: int, lda: int, a_k_major: bool, b: int, ldb: int, b_k_major: bool, rows: int, columns: int, k: int, c:
     int, ldc: int, splits: int, add: bool, stream: int, /,
 ) -> None: ...
+def cuda_projection_forward(
+    z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
+    stream: int, /,
+) -> None: ...
+def cuda_projection_backward(
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, stream: int, /,
+) -> None: ...
+
+# fira, one set per compute type. Contract: csrc/fira.h. problem: (vectors, dim, rank, left, beta1, beta2, eps, factor,
+# correction, a_r, a_n, a_s); moments: (m, v, dtype, m_scale, v_scale).
+_FiraProblem = tuple[int, int, int, bool, float, float, float, float, float, float, float, float]
+_FiraMoments = tuple[int, int, int, int, int]
+
+def fira_moments_f32(
+    problem: _FiraProblem, r: int, r_dtype: int, g: int, g_dtype: int, g_stride: int, moments: _FiraMoments,
+    squares: int, threads: int, /,
+) -> None: ...
+def fira_scales_f32(
+    problem: _FiraProblem, squares: int, gram: int, exact: int, before: float, gamma: float, collapse: bool,
+    per_matrix: bool, f: int, /,
+) -> tuple[float, float, float, float]: ...
+def fira_coefficients_f32(
+    problem: _FiraProblem, moments: _FiraMoments, f: int, r: int, r_dtype: int, threads: int, /,
+) -> None: ...
+def fira_apply_f32(
+    problem: _FiraProblem, t: int, t_dtype: int, f: int, g: int, g_stride: int, w: int, w_stride: int, w_dtype: int,
+    first: int, rows: int, size: float, keep: float, rounding: tuple[bool, int, int, int], threads: int, /,
+) -> None: ...
+def fira_moments_f64(
+    problem: _FiraProblem, r: int, r_dtype: int, g: int, g_dtype: int, g_stride: int, moments: _FiraMoments,
+    squares: int, threads: int, /,
+) -> None: ...
+def fira_scales_f64(
+    problem: _FiraProblem, squares: int, gram: int, exact: int, before: float, gamma: float, collapse: bool,
+    per_matrix: bool, f: int, /,
+) -> tuple[float, float, float, float]: ...
+def fira_coefficients_f64(
+    problem: _FiraProblem, moments: _FiraMoments, f: int, r: int, r_dtype: int, threads: int, /,
+) -> None: ...
+def fira_apply_f64(
+    problem: _FiraProblem, t: int, t_dtype: int, f: int, g: int, g_stride: int, w: int, w_stride: int, w_dtype: int,
+    first: int, rows: int, size: float, keep: float, rounding: tuple[bool, int, int, int], threads: int, /,
+) -> None: ...
+
+# fira's CUDA launchers: matrices of a group, what they share, the stream.
+_FiraMatrix = tuple[list[int], list[int], int, bool]
+_FiraShared = tuple[tuple[int, int, int, int, int], list[float], int, bool]
+
+def cuda_fira_project(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_moments(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_limiter(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_coefficients(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
+def cuda_fira_apply(group: list[_FiraMatrix], shared: _FiraShared, stream: int, /) -> None: ...
 
 # (pointer, dtype, stride, offsets, count, total, bits, codes, centroids, buckets, dimension of the centroids)
 _CudaSide = tuple[int, int, int, int, int, int, int, int, int, int, int]

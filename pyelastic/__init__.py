@@ -7,10 +7,13 @@ from typing import Any
 
 _NAMES = {
     "BackendError": "pyelastic._dispatch",
+    "FiraState": "pyelastic.ops.fira",
     "MarginSoftmaxAux": "pyelastic.ops.margin_softmax",
     "Int8Tokens": "pyelastic.quantized",
     "ResidualTokens": "pyelastic.quantized",
     "backends": "pyelastic._dispatch",
+    "fira": "pyelastic.ops.fira",
+    "fira_state": "pyelastic.ops.fira",
     "margin_softmax": "pyelastic.ops.margin_softmax",
     "maxsim": "pyelastic.ops.maxsim",
     "maxsim_info_nce": "pyelastic.ops.maxsim_losses",
@@ -23,7 +26,7 @@ _NAMES = {
     "sample_classes": "pyelastic.ops.margin_softmax",
     "use_backend": "pyelastic._dispatch",
 }
-_MODULES = ("margins", "nn", "ops")
+_MODULES = ("margins", "nn", "ops", "optim")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

@@ -35,7 +35,10 @@ def run_bug(bug: str) -> None:
 
 
 def run_cases() -> None:
-    """Forward and backward through every kernel: both operand types, all statistics, hard negatives, sub-centres."""
+    """Forward and backward through every kernel: both operand types, all statistics, hard negatives, sub-centres.
+
+    And projection's, a warp and a block a row, with a residual of either dtype.
+    """
     import torch
 
     import pyelastic
@@ -50,6 +53,13 @@ def run_cases() -> None:
                     e, w, labels, margin=margin, subcenters=subcenters, return_aux=aux, backend="cuda"
                 )
                 (out[0] if aux else out).backward()
+        for d_out, other, normalize in ((40, dtype, True), (1100, torch.float32, True), (40, dtype, False)):
+            x = torch.randn(33, 24, device="cuda", dtype=dtype, requires_grad=True)
+            weight = torch.randn(d_out, 24, device="cuda", dtype=dtype, requires_grad=True)
+            residual = torch.randn(33, d_out, device="cuda", dtype=other, requires_grad=True)
+            bias = torch.randn(d_out, device="cuda", requires_grad=True)
+            y = pyelastic.projection(x, weight, bias, residual=residual, normalize=normalize, backend="cuda")
+            y.backward(torch.randn_like(y))
     run_maxsim()
     torch.cuda.synchronize()
 

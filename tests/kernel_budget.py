@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import compiled
+import fira_budget
+import projection_budget
 
 BUDGET = Path(__file__).parent / "data" / "kernel_budget.json"
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
-HEADING = "| kernel | architecture | registers | spills | shared bytes | matrix instructions |"
+HEADING = "| kernel | registers | spills | shared bytes | matrix instructions |"
 MODULE = "pyelastic.triton_kernels.margin_softmax"
 FLOATS = ("w", "inv", "threshold", "map", "cos_target", "out", "lse", "factor", "sum", "unit", "along", "back", "scale")
 
@@ -77,7 +79,7 @@ def triton_requests() -> dict[str, dict[str, Any]]:
                 "multiples_of_16": ["D", "s_row", "s_out_row"],
                 "arch": arch, "warps": 4, "stages": 3,
             }  # fmt: skip
-    return requests
+    return requests | projection_budget.requests() | fira_budget.requests()
 
 
 def _demangle(names: list[str]) -> dict[str, str]:
@@ -131,11 +133,18 @@ def measure() -> dict[str, dict[str, Any]]:
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    lines = [HEADING, "|---|---|---|---|---|---|"]
-    for name, f in sorted(figures.items()):
-        kernel, _, arch = name.rpartition(" (")
-        spills = f["stack"] + f["local"]
-        lines.append(f"| {kernel} | {arch[:-1]} | {f['registers']} | {spills} | {f['shared']} | {f['matrix']} |")
+    """A line per kernel; a cell is sm_80 / sm_90 / sm_100, or one number where they agree."""
+    kernels: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, f in figures.items():
+        kernel, _, arch = name.rpartition(" (sm_")
+        kernels.setdefault(kernel, {})[int(arch.rstrip("a)"))] = f
+    lines = [HEADING, "|---|---|---|---|---|"]
+    for kernel, archs in sorted(kernels.items()):
+        cells = []
+        for keys in (("registers",), ("stack", "local"), ("shared",), ("matrix",)):
+            values = [str(sum(archs[arch][key] for key in keys)) for arch in sorted(archs)]
+            cells.append(" / ".join(values if len(set(values)) > 1 else values[:1]))
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

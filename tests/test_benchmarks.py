@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_margin_softmax as bench
-from benchmarks import bench_maxsim, harness, report
+from benchmarks import bench_maxsim, bench_projection, harness, report
 
 CASE = bench.Case(16, 512, 300)
 
@@ -129,6 +129,33 @@ def test_maxsim_truth_is_the_formula():
     assert bench_maxsim.case(TRAIN.id) == TRAIN and bench_maxsim.case(RERANK.id) == RERANK
 
 
+@pytest.mark.parametrize("kind", ("dense", "sparse", "skip"))
+def test_projection_with_a_wrong_gradient_is_refused(monkeypatch, kind):
+    """Right variants pass; a forgotten bias, and a norm taken for a constant, whose loss is right, do not."""
+    case = bench_projection.Case(kind, 60, 32, 16)
+    assert bench_projection.case(case.id) == case
+
+    def no_bias(x, w, b, *skip):
+        return bench_projection.linear_normalize(x, w, 0 * b, *skip)
+
+    def constant_norm(x, w, b, *skip):
+        z = torch.nn.functional.linear(x, w, b) + sum(torch.nn.functional.linear(x, r) for r in skip)
+        return z / z.detach().norm(dim=1, keepdim=True)
+
+    everything = bench_projection.variants(case, "cpu")
+    found = {name: everything[name] for name in ("pyelastic eager", "F.linear, F.normalize")}
+    for wrong in (no_bias, constant_norm):
+        run = lambda *x, wrong=wrong: bench_projection.loss(wrong, *x)  # noqa: E731
+        found[wrong.__name__] = harness.Variant(run, bench_projection.FLOAT32)
+    monkeypatch.setattr(harness, "peak_memory", lambda *arguments: (1 << 20, 0))
+    fake = SimpleNamespace(**vars(bench_projection))
+    fake.variants = lambda case, device: found
+    rows = harness.measure(fake, case, 4, lambda text: None)["rows"]
+    assert [name for name, row in rows.items() if "failed" in row] == ["no_bias", "constant_norm"]
+    assert rows["constant_norm"]["error"][0] < bench_projection.FLOAT32
+    assert len(rows["pyelastic eager"]["error"]) == 1 + case.leaves and len(rows["floor"]["step_s"]) == 4
+
+
 def test_spread_and_median():
     assert harness.median([3.0, 1.0, 2.0]) == 2.0
     assert harness.spread([1.0, 2.0, 3.0, 4.0]) == pytest.approx((3.75 - 1.25) / 2.5)
@@ -152,7 +179,7 @@ def test_cpu_kernel_never_holds_the_logits():
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "no_such_op", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "choose from margin_softmax" in done.stderr
+    assert done.returncode == 2 and "choose from" in done.stderr and "margin_softmax" in done.stderr
 
 
 def test_main_writes_tables_json_and_a_page_with_plots(monkeypatch, tmp_path, capsys):
@@ -190,3 +217,20 @@ def test_committed_results_hold_raw_samples():
         for result in results["cases"]:
             for name, row in result["rows"].items():
                 assert "failed" in row or len(row["step_s"]) >= 5, (path.name, result["case"], name)
+
+
+def test_fira_variants_are_what_they_claim():
+    """Each is graded against a step of its own algorithm, and a wrong one gets no time."""
+    from benchmarks import bench_fira
+
+    for dtype in (torch.float32, torch.bfloat16):
+        case = bench_fira.Case(24, 40, 4, dtype)
+        found = bench_fira.variants(case, "cpu")
+        chosen = {name: v for name, v in found.items() if name.startswith(("pyelastic", "torch"))}
+        assert {"pyelastic cpu", "pyelastic eager", "torch AdamW fused"} <= set(chosen)
+        for name, variant in chosen.items():
+            inputs = case.inputs(0, "cpu")
+            error = harness.errors(harness.step(case, variant.run, inputs), variant.truth(*inputs))
+            assert harness.refusal(error, variant.limit) is None, (name, error)
+            wrong = variant.truth(*inputs)[0] * 1.05
+            assert harness.refusal(harness.errors((wrong,), variant.truth(*inputs)), variant.limit), name

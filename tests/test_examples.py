@@ -31,3 +31,28 @@ def test_train_faces_improves_verification(capsys):
     # On strangers the margin must not be worse than plain softmax (measured over 3 seeds: 0.03 better).
     strangers = {name: sum(run[-1][0] for run in runs) / len(runs) for name, runs in results.items()}
     assert strangers["ElasticArcFace"] > strangers["softmax"]
+
+
+@pytest.mark.slow
+def test_train_language_model(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    results = _load("train_language_model").main(["--steps", "80", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed and (tmp_path / "loss.png").stat().st_size > 10_000
+    spikes = results.pop("spikes")
+    for losses, held_out, _, _, _ in results.values():
+        assert losses[0] > 5 and held_out < 2.8
+    # Measured at 60 steps: Fira 2.18, AdamW 2.30, GaLore 2.32; state 1.95 MB against 5.20.
+    assert results["Fira, subspace"][1] < results["GaLore"][1]
+    assert results["Fira, subspace"][2] < 0.5 * results["AdamW"][2]
+    assert max(spikes[1.01][6:]) < max(spikes[None][6:])
+
+
+def test_train_retrieval_improves_on_untrained(capsys):
+    example = _load("train_retrieval")
+    runs = example.main(["--steps", "40"])
+    assert "retrieval of 500 held-out documents" in capsys.readouterr().out
+    assert list(runs) == list(example.HEADS)
+    for name, (run,) in runs.items():
+        (first, first_ndcg), (last, last_ndcg) = run
+        assert 0 < first < 1 and last > first + 0.02 and last_ndcg > first_ndcg + 0.02, name

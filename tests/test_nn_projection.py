@@ -109,7 +109,11 @@ def test_from_linear_starts_as_the_linear_head() -> None:
         before = [p.clone() for p in head.parameters()]
         (head(X) * torch.randn(3, 5, 6)).sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in head.parameters()) and len(before) >= 3
-    for wrong in ({"kind": "glu"}, {"kind": "ffn"}, {"skip": True}, {"kind": "ffn", "residual": True, "expand": 0.5}):
+    deep = {"kind": "ffn", "residual": True}
+    for wrong in (
+        {"kind": "glu"}, {"kind": "ffn"}, {"skip": True}, {"norm": "layer"},
+        {**deep, "expand": 0.5}, {**deep, "activation": "sigmoid"},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="from_linear"):
             ProjectionHead.from_linear(weight, bias, **wrong)
 

@@ -87,11 +87,15 @@ __device__ __forceinline__ void load_b(std::uint32_t (&b)[4], const __half* buff
 }
 
 // acc = the tile at (m0, n0) of A B over k in [k_begin, k_end), both multiples of kTileK or the end of the
-// operands; ends with a barrier, the buffers free.
-template <bool kAKMajor, bool kBKMajor>
+// operands; ends with a barrier, the buffers free. Type: F16, or BF16 for operands whose bits are that. look(A's buffer)
+// is called by all threads once a step, while the step's operands are there.
+struct LookAway {
+  __device__ __forceinline__ void operator()(const __half*) const {}
+};
+template <bool kAKMajor, bool kBKMajor, class Type = F16, class Look = LookAway>
 __device__ __forceinline__ void multiply(Operand a, Operand b, std::int64_t m0, std::int64_t n0,
                                          std::int64_t k_begin, std::int64_t k_end, __half* shared,
-                                         Accumulators& acc) {
+                                         Accumulators& acc, Look look = Look{}) {
   a.depth = b.depth = k_end;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -117,6 +121,7 @@ __device__ __forceinline__ void multiply(Operand a, Operand b, std::int64_t m0, 
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     cp_async_commit();
     const __half* stage = shared + step % kStages * 2 * kOperandHalves;
+    look(stage);
 #pragma unroll
     for (int k = 0; k < kTileK; k += 16) {
       std::uint32_t fa[4][4], fb[2][4];
@@ -129,7 +134,7 @@ __device__ __forceinline__ void multiply(Operand a, Operand b, std::int64_t m0, 
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const std::uint32_t b_pair[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
-          mma_m16n8k16(acc[i][j], fa[i], b_pair, F16{});
+          mma_m16n8k16(acc[i][j], fa[i], b_pair, Type{});
         }
       }
     }

@@ -172,16 +172,21 @@ class ProjectionHead(nn.Module):
     @classmethod
     def from_linear(cls, weight: Tensor, bias: Tensor | None = None, **options: Any) -> ProjectionHead:
         """A head that starts as the linear one of ``weight`` [d_out, d_in]: itself, or a residual "ffn" of two layers
-        whose residual carries the states and whose inner layer starts near zero. Raises ValueError for other forms."""
+        whose residual carries the states and whose inner layer starts near zero. Raises ValueError for other forms, for
+        the sigmoid, which is not 0 at 0, and for a norm."""
         d_out, d_in = weight.shape
         head = cls(d_in, d_out, bias=bias is not None, near_linear=True, **options)
         last = head.blocks[-1]
         plain = isinstance(last, DenseBlock) and not last.use_residual and not head.use_skip
         inner = head.blocks[0] if len(head.blocks) == 2 else None
         carries = isinstance(inner, DenseBlock) and inner.use_residual and inner.linear.out_features >= d_in
+        if isinstance(inner, DenseBlock) and isinstance(inner.activation, nn.Sigmoid):
+            carries = False  # 0.5 near zero: half of the sum of each row of W would be added to z
+        plain = plain and isinstance(head.norm, nn.Identity)
         if not (plain and (len(head.blocks) == 1 or carries)) or not isinstance(last, DenseBlock):
             raise ValueError(
-                "ProjectionHead.from_linear: expected kind='linear', or 'ffn' with layers=2, residual=True, expand >= 1"
+                "ProjectionHead.from_linear: expected kind='linear', or 'ffn' with layers=2, residual=True, "
+                "expand >= 1 and an activation other than sigmoid; norm=None"
             )
         with torch.no_grad():
             last.linear.weight.zero_()

@@ -1,9 +1,14 @@
 """The launcher that projection's backends share: chunks of rows, products by torch's BLAS, the kernels between them.
 
-A backend is a subclass of ``Kernels`` with its two kernels. Contract: csrc/projection.h.
+A backend is a subclass of ``Kernels`` with its two kernels. Contract: csrc/projection.h. On a GPU nothing here
+synchronises, so a step can be captured in a CUDA graph; products of two 16-bit operands take them as they are there and
+give float32, all others are float32 products, in TF32 only where torch's settings allow it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,13 +25,35 @@ CPU_ROWS, GPU_ROWS = 512, 1 << 16
 COMPACT_BELOW = 0.5
 
 
+def _keeps_16_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether torch multiplies these operands as they are into float32: torch.mm(out_dtype=), CUDA, since 2.8."""
+    same = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+    return same and a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+
+
+@contextmanager
+def environment(device: torch.device) -> Iterator[None]:
+    """The tensors' device is the current one, and autocast, which would round float32 operands, is off."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            yield
+
+
 class Kernels:
     """What a backend provides, and how its products are made."""
+
+    # Whether rows without a gradient are left out of the backward. That reads a number back, so on a GPU it would
+    # synchronise.
+    compacts = False
 
     def __init__(self, x: Tensor) -> None:
         self.dtype = statistics_dtype(x)
         self.on_cpu = x.device.type == "cpu"
         self.rows = CPU_ROWS if self.on_cpu else GPU_ROWS
+        self.most = self.rows + self.rows // 32  # with a short last chunk
 
     def forward(
         self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
@@ -38,8 +65,16 @@ class Kernels:
         """grad, y [n, d] -> dz [n, d]."""
         raise NotImplementedError
 
+    def operand(self, weight: Tensor, other: Tensor) -> Tensor:
+        """A weight as ``add_product`` takes it beside ``other``, converted once for all chunks."""
+        return weight if _keeps_16_bits(weight, other) else weight.to(self.dtype)
+
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         """out (+)= a @ b in the compute type; ``fresh``: out holds nothing yet."""
+        if _keeps_16_bits(a, b):
+            product = torch.mm(a, b, out_dtype=self.dtype)
+            out.copy_(product) if fresh else out.add_(product)
+            return
         a, b = a.to(self.dtype), b.to(self.dtype)
         depth = a.shape[1]
         step = CPU_DEPTH if self.on_cpu else max(depth, 1)
@@ -51,6 +86,16 @@ class Kernels:
                 torch.mm(*part, out=out)
             else:
                 torch.addmm(out, *part, out=out)
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """``size`` rows each. A last one shorter than a 32nd joins the one before it: it would fill nothing, and below 16
+    rows the bits of MKL's products depend on the number of threads."""
+    first = 0
+    while first < rows:
+        last = rows if rows - first - size < size // 32 else first + size
+        yield slice(first, last)
+        first = last
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -75,16 +120,13 @@ def forward(
     rows, d_out = x.shape[0], weight.shape[0]
     out = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     inverse = torch.empty(rows if normalize else 0, dtype=k.dtype, device=x.device)
-    w, b, r_w = (
-        weight.to(k.dtype),
-        _cast(bias, k.dtype),
-        None if residual_weight is None else residual_weight.to(k.dtype),
-    )
+    w, b, r_w = k.operand(weight, x), _cast(bias, k.dtype), None
+    if residual is not None and residual_weight is not None:
+        r_w = k.operand(residual_weight, residual)
     added = None if residual is None or r_w is not None else rows_of(residual)
-    z = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
-    for first in range(0, rows, k.rows):
-        part = slice(first, min(first + k.rows, rows))
-        zc = z[: part.stop - first]
+    z = torch.empty(min(rows, k.most), d_out, dtype=k.dtype, device=x.device)
+    for part in chunks(rows, k.rows):
+        zc = z[: part.stop - part.start]
         k.add_product(zc, x[part], w.t(), fresh=True)
         if r_w is not None and residual is not None:
             k.add_product(zc, residual[part], r_w.t(), fresh=False)
@@ -122,18 +164,14 @@ def backward(
     d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
     d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
     w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
-    dz = torch.empty(min(rows, k.rows), d_out, dtype=k.dtype, device=x.device)
-    wide = torch.empty(min(rows, k.rows), max(x.shape[1], 0 if residual is None else residual.shape[1]), dtype=k.dtype,
-                       device=x.device)  # fmt: skip
-    for first in range(0, rows, k.rows):
-        part = slice(first, min(first + k.rows, rows))
-        n = part.stop - first
-        d = dz[:n]
+    dz = torch.empty(min(rows, k.most), d_out, dtype=k.dtype, device=x.device)
+    rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]
+    room = torch.empty(len(dz) * max(rounded, default=0), dtype=k.dtype, device=x.device)
+    for part in chunks(rows, k.rows):
+        d = dz[: part.stop - part.start]
         k.backward(grad[part], y[part], inverse[part] if normalize else None, d)
         if need_x:
-            to = wide.flatten()[: n * x.shape[1]].view(n, -1)
-            k.add_product(to, d, w, fresh=True)
-            d_x[part] = to
+            _store_product(k, d_x[part], d, w, room)
         if need_w:
             k.add_product(d_w, d.t(), x[part], fresh=False)
         if need_b:
@@ -142,9 +180,7 @@ def backward(
             if r_w is None:
                 d_r[part] = d
             else:
-                to = wide.flatten()[: n * residual.shape[1]].view(n, -1)
-                k.add_product(to, d, r_w, fresh=True)
-                d_r[part] = to
+                _store_product(k, d_r[part], d, r_w, room)
         if residual is not None and need_rw:
             k.add_product(d_rw, d.t(), residual[part], fresh=False)
     if kept is not None:
@@ -152,9 +188,19 @@ def backward(
     return [d_x, d_w, d_b, d_r, d_rw]
 
 
+def _store_product(k: Kernels, out: Tensor, a: Tensor, b: Tensor, room: Tensor) -> None:
+    """out = a @ b, through ``room`` where out is not of the compute type."""
+    if out.dtype == k.dtype:
+        k.add_product(out, a, b, fresh=True)
+        return
+    product = room[: out.numel()].view(out.shape)
+    k.add_product(product, a, b, fresh=True)
+    out.copy_(product)
+
+
 def _compact(k: Kernels, grad: Tensor) -> Tensor | None:
-    """Rows with a gradient, if they are few. On a GPU that would synchronise: there all rows are kept."""
-    if not k.on_cpu:
+    """Rows with a gradient, if they are few."""
+    if not k.compacts:
         return None
     some = (grad != 0).any(1)
     return some.nonzero()[:, 0] if int(some.sum()) < COMPACT_BELOW * len(some) else None

@@ -20,6 +20,8 @@ def _matrix(x: Tensor | None) -> tuple[int, int, int]:
 
 
 class CpuKernels(Kernels):
+    compacts = True
+
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
         suffix = "_f64" if self.dtype == torch.float64 else "_f32"

@@ -10,11 +10,13 @@ and backward, from the gradient ``g_i`` of ``y_i``::
     dW = sum_i dz_i x_i^T,  db = sum_i dz_i,  dx_i = W^T dz_i,  dr_i = R^T dz_i,  dR = sum_i dz_i r_i^T
 
 Shapes: x [..., d_in], weight [d_out, d_in], y [..., d_out]. Dtypes: float16, bfloat16, float32, the parameters in any
-of them, computed in float32, y in x's dtype; float64 in float64. Cost: 2 d_in d_out per row forward, 4 backward; saved
-for backward: the inputs, y and one float per row. z of all rows never exists. With ``normalize`` and 16 bits, the
-backward takes y as it was returned, rounded. Rows without a gradient cost nothing on the CPU where they are the most,
-as document rows that won nowhere in maxsim. Source: Clavie 2025 (arXiv 2510.12327) for the heads; the contract:
-csrc/projection.h.
+of them, computed in float32, y in x's dtype; float64 in float64 (cpu, eager). Cost: 2 d_in d_out per row forward, 4
+backward; saved for backward: the inputs and, with ``normalize``, y and one float per row. z of more than a chunk of
+rows never exists. With ``normalize`` and 16 bits, the backward takes y as it was returned, rounded. Rows without a
+gradient cost nothing on the CPU where they are the most, as document rows that won nowhere in maxsim; there a NaN in
+such a row of x reaches y but no gradient. On a GPU the forward's product has 16-bit operands where x and weight have
+one 16-bit dtype; those of the backward are float32 (TF32 if torch's settings allow it). Source: Clavie 2025 (arXiv
+2510.12327) for the heads; the kernels' contract: csrc/projection.h.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import projection as eager
 from pyelastic.eager.projection import statistics_dtype
 from pyelastic.ops import _projection as launcher
+from pyelastic.ops import _triton
 from pyelastic.ops._projection_cpu import CpuKernels
+from pyelastic.ops._projection_cuda import CudaKernels
+from pyelastic.ops._projection_triton import TritonKernels
 
 OP = "projection"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -156,10 +161,12 @@ def _define(name: str, kernels: type[launcher.Kernels]) -> tuple[Any, Any]:
     """Both raw ops of a backend."""
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return launcher.forward(kernels(arguments[0]), *arguments)
+        with launcher.environment(arguments[0].device):
+            return launcher.forward(kernels(arguments[0]), *arguments)
 
     def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(launcher.backward(kernels(arguments[0]), grad, *arguments))
+        with launcher.environment(grad.device):
+            return tuple(launcher.backward(kernels(arguments[0]), grad, *arguments))
 
     return (
         _library.define(f"{OP}_fwd", name, _FORWARD, forward, _fake_forward),
@@ -167,7 +174,10 @@ def _define(name: str, kernels: type[launcher.Kernels]) -> tuple[Any, Any]:
     )
 
 
-OPS = {name: _define(name, kernels) for name, kernels in (("cpu", CpuKernels),)}
+OPS = {
+    name: _define(name, kernels)
+    for name, kernels in (("cpu", CpuKernels), ("cuda", CudaKernels), ("triton", TritonKernels))
+}
 
 
 class _Backward(torch.autograd.Function):
@@ -190,13 +200,15 @@ class _Projection(torch.autograd.Function):
         x, weight, _, residual, residual_weight, ctx.normalize = inputs
         ctx.backend = backend
         ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
-        ctx.save_for_backward(x, weight, residual, residual_weight, y, inverse)
+        # Not normalised, the backward does not read y, and the caller may change it in place.
+        ctx.save_for_backward(x, weight, residual, residual_weight, y if ctx.normalize else None, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, residual, residual_weight, y, inverse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:6])
+        y = grad if y is None else y
         made = _Backward.apply(
             ctx.backend, grad, x, weight, residual, residual_weight, y, inverse, ctx.normalize, needs
         )
@@ -229,12 +241,22 @@ def _cpu_why_not(call: Call) -> str | None:
     return _extension.why_not()
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    return _dispatch.unsupported_dtype(call, DTYPES[:3]) or _extension.cuda_why_not(str(call.device))
+
+
+def _triton_why_not(call: Call) -> str | None:
+    dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
+    return dtype or _triton.why_not(str(call.device), "x", OP, "forward")
+
+
+_HALF = ("float16", "bfloat16", "float32")
 _ALL = ("float16", "bfloat16", "float32", "float64")
 
 _dispatch.register(
     OP,
-    _dispatch.not_implemented("cuda", "the kernels are being written"),
-    _dispatch.not_implemented("triton", "the kernels are being written"),
+    _dispatch.Backend("cuda", _run("cuda"), _cuda_why_not, _HALF, label="emulated; not yet run on a GPU"),
+    _dispatch.Backend("triton", _run("triton"), _triton_why_not, _HALF, label="interpreted; not yet run on a GPU"),
     _dispatch.Backend("cpu", _run("cpu"), _cpu_why_not, _ALL, label="tested on CPU"),
     _dispatch.Backend("eager", _run_eager, lambda call: None, _ALL, label="reference"),
     make_call=_make_call,
