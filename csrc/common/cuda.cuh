@@ -13,6 +13,9 @@
 
 namespace pyelastic {
 
+// Bytes of shared memory that a block can ask for; here as on sm_90.
+inline std::size_t shared_limit() { return 227u << 10; }
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, void*, A... a) {
   const std::tuple<P...> arguments(a...);
@@ -42,6 +45,13 @@ namespace pyelastic {
 
 inline void check(const char* name, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+inline std::size_t shared_limit() {
+  int device = 0, bytes = 0;
+  check("shared_limit", cudaGetDevice(&device));
+  check("shared_limit", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<std::size_t>(bytes);
 }
 
 template <class... P, class... A>

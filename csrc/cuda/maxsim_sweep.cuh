@@ -441,9 +441,10 @@ void forward_on(const MaxSimProblem& p, const Sweep& w, void* stream) {
     if (w.winners.data != nullptr) return launch_sweep<Engine, Maximum<Engine, true>, kWarps>(p, w, stream);
     launch_sweep<Engine, Maximum<Engine, false>, kWarps>(p, w, stream);
   };
-  // A list's blocks have one query each.
+  // A list's blocks have one query each. Large tiles of d > 128 at 16 bits need 110 KB, which sm_86 and sm_89 do not have.
   const bool small = p.pair_q != nullptr ? p.max_q <= 64 : p.q.total <= 64;
-  if (small) return run(std::false_type{});
+  const bool fits = Layout<Engine, Maximum<Engine, true>, kLarge>::shared(p.dim) <= shared_limit();
+  if (small || !fits) return run(std::false_type{});
   run(std::true_type{});
 }
 

@@ -16,7 +16,6 @@ constexpr int kTileN = 64;       // document tokens
 constexpr int kChunkBytes = 128;
 constexpr int kRowBytes = kChunkBytes + 16;
 constexpr int kPieces = kChunkBytes / 16;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kZeroNorm = 1e-12;  // F.normalize's eps
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }

@@ -202,7 +202,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     winners = torch.empty(0, dtype=x.winner_dtype)
     if save and not smooth:
         winners = torch.empty(x.token_shape(x.winner_planes), dtype=x.winner_dtype)
-    k.forward(k.problem(q_inv, d_inv), k.pack(), scores, maxima, winners)
+    if x.pair_q is None or x.pair_q.shape[0] > 0:  # an empty list's null pointer would mean all pairs
+        k.forward(k.problem(q_inv, d_inv), k.pack(), scores, maxima, winners)
     if per_token and x.pair_q is not None:
         _zero_beyond(x, maxima)
     return scores, maxima, winners, k.empty(0) if q_inv is None else q_inv, k.empty(0) if d_inv is None else d_inv
@@ -222,6 +223,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q_inv, d_inv = (q_inv, d_inv) if x.normalize else (None, None)
     d_q = k.empty(*(k.queries.shape if need_queries else (0, k.dim)))
     d_d = torch.empty(k.documents.shape if need_documents else (0, k.dim), dtype=k.documents.dtype)
+    if x.pair_q is not None and x.pair_q.shape[0] == 0:
+        return d_q.zero_().to(x.queries.dtype), d_d.zero_()
     saved = maxima if smooth else winners
     count = x.d_offsets.shape[0] - 1
     chunk = count

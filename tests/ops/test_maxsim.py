@@ -164,6 +164,17 @@ def test_empty(backend: str, nq: int, nd: int, lq: int, ld: int, options: dict[s
 
 
 @over_backends
+@pytest.mark.parametrize("options", ({}, {"temperature": 0.5}, {"reduction": "none"}), ids=str)
+def test_no_pairs(backend: str, options: dict[str, Any]) -> None:
+    """An empty list is not all pairs."""
+    case = make("list").having(pairs=torch.zeros(0, 2, dtype=torch.int64), **options)
+    out, q, d = call(backend, case)
+    assert out.shape == ((0, 7) if "reduction" in options else (0,))
+    out.sum().backward()
+    assert not q.grad.any() and not d.grad.any()
+
+
+@over_backends
 def test_empty_score(backend: str) -> None:
     case = masks(make())
     out, _, d = call(backend, case.having(empty_score=-7.0))

@@ -180,15 +180,6 @@ def test_ties_across_lanes_and_tiles() -> None:
             assert d.grad.abs().sum(-1).nonzero()[:, 1].tolist() == list(firsts)
 
 
-def test_no_pairs() -> None:
-    """An empty list is not all pairs."""
-    case = make("list").having(pairs=torch.zeros(0, 2, dtype=torch.int64))
-    out, q, d = call("cuda", case)
-    assert out.shape == (0,)
-    out.sum().backward()
-    assert not q.grad.any() and not d.grad.any()
-
-
 @pytest.mark.parametrize("options", ({}, {"topk": 3}, {"temperature": 0.3}), ids=str)
 def test_repeated_calls_are_bitwise_equal_in_large_tiles(options: dict[str, Any]) -> None:
     sizes = {"nq": 5, "nd": 2, "ld": 9} if "temperature" in options else {"nq": 6, "nd": 5, "ld": TILE_N + 3}
