@@ -23,9 +23,9 @@ from benchmarks.harness import Variant, compiled
 
 OP = "projection"
 OURS = ("pyelastic cuda", "pyelastic triton", "pyelastic cpu", "pyelastic eager")
-# Relative RMS error admitted. float32: measured 4e-7 at the most; one wrong row of 5,760 is 1e-2. bfloat16: results and
+# Relative RMS error admitted. float32: 1.3e-6 (compiled torch); one wrong row of 5,760 is 1e-2. bfloat16: results and
 # gradients are rounded to it and gradients are made from a rounded y, 2.4e-3. HALF: torch rounds z to it too, 6.1e-3.
-FLOAT32, BFLOAT16, HALF = 1e-6, 4e-3, 1e-2
+FLOAT32, BFLOAT16, HALF = 2e-6, 4e-3, 1e-2
 SPARSE = 10  # one row in so many has a gradient
 
 
