@@ -61,7 +61,7 @@ bool pairs() {
 // As the product of maxsim_tile.h with bfloat16 in pairs: depth counts pairs, b is [depth][lanes][2].
 template <int R>
 inline void multiply(const std::uint16_t* a, std::int64_t lda, const std::uint16_t* b, std::int64_t ldb,
-                     std::int64_t depth, Sums<float>& sums) {
+                     std::int64_t depth, Sums<float>& sums, std::int64_t ahead) {
   __m512 acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -69,6 +69,9 @@ inline void multiply(const std::uint16_t* a, std::int64_t lda, const std::uint16
     acc[r][1] = (__m512)sums.v[r][1];
   }
   for (std::int64_t k = 0; k < depth / 2; ++k) {
+    if (ahead != 0 && k % 16 == 0) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + ahead + r * lda);
+    }
     const __m512bh low = (__m512bh)_mm512_loadu_si512(b), high = (__m512bh)_mm512_loadu_si512(b + 32);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -266,9 +269,11 @@ void sweep(const Unit<T>& u, std::int64_t g, std::int64_t j, std::int64_t from, 
     each_rows(to - from, [&](std::int64_t n, auto count) {
       constexpr int R = decltype(count)::value;
       Sums<T> sums{};
+      const std::int64_t ahead = b == 0 && n + 2 * R <= to - from ? R * stride : 0;
       std::int64_t done = 0;
       for (int plane = 0; plane < planes; ++plane) {
-        multiply<R>(rows + n * stride + done, stride, q + done * kBlock<T>, kBlock<T>, p.prefixes[plane] - done, sums);
+        multiply<R>(rows + n * stride + done, stride, q + done * kBlock<T>, kBlock<T>, p.prefixes[plane] - done, sums,
+                    ahead);
         done = p.prefixes[plane];
         const Running<T> run = u.running(b, plane);
         for (int half = 0; half < 2; ++half) {

@@ -34,25 +34,33 @@ struct Sums {
   Vec<T> v[kRows][2];
 };
 
-// Rows a + r lda, r < R.
+// Rows a + r lda, r < R. `ahead`: how far after a row lies one that comes next and is not in a cache yet; R streams are
+// more than the hardware foresees. 0: none.
 template <int R, class T>
-inline void multiply(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, std::int64_t depth, Sums<T>& sums) {
+inline void multiply(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, std::int64_t depth, Sums<T>& sums,
+                     std::int64_t ahead = 0) {
   Vec<T> acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     acc[r][0] = sums.v[r][0];
     acc[r][1] = sums.v[r][1];
   }
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const Vec<T> low = load_vec(b), high = load_vec(b + VecOf<T>::lanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const T x = a[r * lda];
-      acc[r][0] += low * x;
-      acc[r][1] += high * x;
+  for (std::int64_t k = 0; k < depth;) {
+    if (ahead != 0) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + ahead + r * lda);
     }
-    ++a;
-    b += ldb;
+    const std::int64_t line = k + VecOf<T>::lanes < depth ? k + VecOf<T>::lanes : depth;
+    for (; k < line; ++k) {
+      const Vec<T> low = load_vec(b), high = load_vec(b + VecOf<T>::lanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const T x = a[r * lda];
+        acc[r][0] += low * x;
+        acc[r][1] += high * x;
+      }
+      ++a;
+      b += ldb;
+    }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
