@@ -14,17 +14,13 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.eager.fira import Flags, compute_dtype
+from pyelastic.ops._binding import DTYPES, pointer
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Bytes of C P^T for a block of rows: 1.5 MB of a core's 2 MB L2 at most; docs/ops/fira.md.
 BLOCK_BYTES = 1 << 20
 # |S|^2 = q keeps 1/kappa of its terms' digits. Beyond this the residual is formed, block by block. Measured relative
 # errors of s below it: float32 3e-6, bfloat16 operands 1e-4, where gamma acts at 1e-2.
 KAPPA = {torch.float64: 1e6, torch.float32: 1e3, torch.float16: 1e3, torch.bfloat16: 16.0}
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def step_(
@@ -125,7 +121,7 @@ def _step_one(
 
         def scale(exact: Tensor | None) -> tuple[float, float, float, float]:
             out: tuple[float, float, float, float] = call(
-                "scales", problem, squares.data_ptr(), _pointer(quadratic), _pointer(exact), before, gamma, collapse,
+                "scales", problem, squares.data_ptr(), pointer(quadratic), pointer(exact), before, gamma, collapse,
                 per_matrix, f.data_ptr(),
             )  # fmt: skip
             return out
@@ -146,7 +142,7 @@ def _step_one(
             _back(p, r, left, first, count, t[:count])
         call("apply", problem, t.data_ptr() if back else 0, DTYPES[operand], f.data_ptr(), grad.data_ptr(),
              grad.stride(0), w.data_ptr(), w.stride(0), DTYPES[w.dtype], first, count, size, keep,
-             (stochastic, seed, taken & 0xFFFFFFFF, _pointer(remainder)), threads)  # fmt: skip
+             (stochastic, seed, taken & 0xFFFFFFFF, pointer(remainder)), threads)  # fmt: skip
 
 
 def _project(grad: Tensor, p: Tensor, left: bool, r: Tensor) -> None:

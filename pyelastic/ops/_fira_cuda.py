@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
+from pyelastic.ops._binding import pointer
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 GROUP = 16  # kFiraGroup
 KERNELS = ("project", "moments", "limiter", "coefficients", "apply")
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def step_(
@@ -73,7 +70,7 @@ def step_(
             chosen = [x for x in prepared.values() if x.mma == mma]
             for first in range(0, len(chosen), GROUP):
                 part = chosen[first : first + GROUP]
-                head = (DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], lr.data_ptr(), *map(_pointer, numbers))
+                head = (DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], lr.data_ptr(), *map(pointer, numbers))
                 group = [x.descriptor() for x in part]
                 for kernel in KERNELS:
                     getattr(module, f"cuda_fira_{kernel}")(group, (head, scalars, flags, mma), stream)
@@ -115,7 +112,7 @@ class _Matrix:
         tensors = (w, self.g, self.p, self.r, self.c, m, v, self.gram, rest[0] if rest else None, self.stats, self.f,
                    self.scalars, self.norm, self.step)  # fmt: skip
         sizes = [self.rows, self.columns, self.rank, self.g.stride(0), w.stride(0)]
-        return [_pointer(x) for x in tensors], sizes, self.seed, self.left
+        return [pointer(x) for x in tensors], sizes, self.seed, self.left
 
     def finish(self) -> None:
         for original, copy in zip(self.originals, self.work, strict=True):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, statistics_dtype
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from pyelastic.ops._binding import DTYPES, pointer
 
 # Bytes of the tile of cosines and of one chunk of normalised class rows. Small enough to stay in the L2/L3 share of
 # a core, large enough for the BLAS: measured flat between 2 and 8 MiB, docs/ops/margin_softmax.md.
@@ -107,7 +106,7 @@ class _Problem:
         self.call(
             "normalize",
             matrix.data_ptr() + (0 if index is not None else first * matrix.stride(0) * matrix.itemsize),
-            DTYPES[matrix.dtype], matrix.stride(0), matrix.stride(1), _pointer(index), rows, self.dim,
+            DTYPES[matrix.dtype], matrix.stride(0), matrix.stride(1), pointer(index), rows, self.dim,
             out.data_ptr(), inverse.data_ptr(), self.threads,
         )  # fmt: skip
         return out, inverse
@@ -146,13 +145,9 @@ class _Problem:
         scale = chunk.inverse.data_ptr() if self.in_place else 0
         return (
             chunk.cosines.data_ptr(), scale, chunk.classes * self.subcenters, self.batch, chunk.classes,
-            self.subcenters, chunk.first, self.labels.data_ptr(), _pointer(self.threshold),
-            _pointer(self.hard_map), self.scale,
+            self.subcenters, chunk.first, self.labels.data_ptr(), pointer(self.threshold),
+            pointer(self.hard_map), self.scale,
         )  # fmt: skip
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def forward(
@@ -271,7 +266,7 @@ def backward(
     room = p.empty(0 if direct or not need_weight else p.chunk * subcenters, p.dim)
     for chunk in p.tiles(p.tile()):
         p.call("gradient", *p.tile_arguments(chunk), lse_neg.data_ptr(), grad_lse.data_ptr(),
-               _pointer(grad_sum), p.threads)  # fmt: skip
+               pointer(grad_sum), p.threads)  # fmt: skip
         if need_embeddings:
             for k in range(0, chunk.rows.shape[0], GEMM_DEPTH):
                 part = slice(k, k + GEMM_DEPTH)

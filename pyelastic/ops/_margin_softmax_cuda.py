@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.eager.margin_softmax import MOMENTS, SUM_COS
-from pyelastic.ops._margin_softmax_cpu import DTYPES, finish
+from pyelastic.ops._binding import DTYPES, pointer
+from pyelastic.ops._margin_softmax_cpu import finish
 
 # Bytes of a tile of cosines (or of P) and of a chunk of unit rows: 40 % of an H200's L2, half of an A100's.
 # An estimate: not yet measured on a GPU.
@@ -43,14 +44,10 @@ def half_operands(embeddings: Tensor, weight: Tensor) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _matrix(x: Tensor, index: Tensor | None = None, rows: int | None = None) -> tuple[int, ...]:
     """The binding's view of a matrix, or of its rows ``index``."""
     count = x.shape[0] if rows is None else rows
-    return (x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), _pointer(index), count, x.shape[1])
+    return (x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), pointer(index), count, x.shape[1])
 
 
 class _Chunk(NamedTuple):
@@ -107,7 +104,7 @@ class _Problem:
         rows = torch.arange(self.batch, device=self.device)
         index = torch.where(self.labels < 0, -1, rows)
         out, inverse = self.empty(self.batch, self.ld, dtype=self.operand), self.empty(self.batch)
-        self.call("margin_softmax_normalize", _matrix(self.embeddings, index), _pointer(factor),
+        self.call("margin_softmax_normalize", _matrix(self.embeddings, index), pointer(factor),
                   DTYPES[self.operand], out.data_ptr(), self.ld, inverse.data_ptr())  # fmt: skip
         return out, inverse
 
@@ -138,7 +135,7 @@ class _Problem:
 
     def negatives(self, chunk: _Chunk) -> tuple[Any, ...]:
         return (self.batch, chunk.classes, self.subcenters, chunk.first, self.labels.data_ptr(),
-                _pointer(self.threshold), _pointer(self.hard_map), self.scale, self.stats)  # fmt: skip
+                pointer(self.threshold), pointer(self.hard_map), self.scale, self.stats)  # fmt: skip
 
     def gemm(
         self, a: Tensor, a_k_major: bool, b: Tensor, b_k_major: bool, m: int, n: int, k: int, out: Tensor, add: bool
@@ -191,7 +188,7 @@ def forward(
         maximum, max_cos = (torch.full((p.batch,), NONE, device=p.device) for _ in range(2))
         rank = torch.zeros(p.batch, dtype=torch.int64, device=p.device)
         cos_target = torch.cos(theta)
-        running = tuple(map(_pointer, (maximum, *sums.values(), rank, max_cos, cos_target)))
+        running = tuple(map(pointer, (maximum, *sums.values(), rank, max_cos, cos_target)))
         room = p.tile_room()
         partials = p.empty(7 * ((p.chunk + TILE - 1) // TILE) * p.batch if p.in_registers else 0)
         for chunk in p.chunks():
@@ -253,7 +250,7 @@ def backward(
         room = p.tile_room()
         d_e = torch.zeros(SPLITS if p.half else 1, p.batch, p.dim, device=p.device)
         d_w = p.empty(p.chunk * subcenters if need_weight else 0, p.dim)
-        upstream = tuple(map(_pointer, (lse_neg, grad_lse, grad_sum, row_scale)))
+        upstream = tuple(map(pointer, (lse_neg, grad_lse, grad_sum, row_scale)))
         for chunk in p.chunks():
             width = chunk.rows.shape[0]
             if p.in_registers:

@@ -12,23 +12,13 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.eager.maxsim import statistics_dtype
+from pyelastic.ops._binding import DTYPES, pointer, rows_of
 from pyelastic.ops._maxsim_layout import Inputs
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # Blocks of query tokens that one unit of work holds: their running maxima stay in L2.
 GROUP_BLOCKS = 256
 # Bytes of winners that a recomputing backward pass holds at once.
 CHUNK_BYTES = 64 << 20
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Columns one element apart, which the kernels expect; rows may lie at any distance."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 class _Kernels:
@@ -40,7 +30,7 @@ class _Kernels:
         self.suffix = "_f64" if self.dtype == torch.float64 else "_f32"
         self.extension = _extension.load()
         self.threads = torch.get_num_threads()
-        self.queries, self.documents = _rows(x.queries.detach()), _rows(x.documents.detach())
+        self.queries, self.documents = rows_of(x.queries.detach()), rows_of(x.documents.detach())
         self.dim = x.prefixes[-1]
         self.prefixes = torch.tensor(
             [self.dim] * x.winner_planes if x.topk > 1 else list(x.prefixes), dtype=torch.int64
@@ -69,7 +59,7 @@ class _Kernels:
         return self._side(self.documents, offsets, bits)
 
     def _side(self, tokens: Tensor, offsets: Tensor, bits: int) -> tuple[int, ...]:
-        codec = (0, 0, 0) if bits in (0, 8) else tuple(map(_pointer, (self.codes, self.centroids, self.buckets)))
+        codec = (0, 0, 0) if bits in (0, 8) else tuple(map(pointer, (self.codes, self.centroids, self.buckets)))
         stride = tokens.stride(0) if tokens.shape[0] > 1 else tokens.shape[1]
         dtype = DTYPES.get(tokens.dtype, 0)  # quantised: not looked at
         return (
@@ -105,18 +95,18 @@ class _Kernels:
             self.q_side(),
             self.d_side(offsets),
             self.dim,
-            _pointer(self.d_mask),
-            _pointer(floor),
-            _pointer(self.pair_q),
-            _pointer(self.pair_d),
+            pointer(self.d_mask),
+            pointer(floor),
+            pointer(self.pair_q),
+            pointer(self.pair_d),
             pairs,
             self.x.max_q,
             self.prefixes.data_ptr(),
             len(self.prefixes),
             self.x.topk,
             self.x.temperature,
-            _pointer(q_inv),
-            _pointer(d_inv),
+            pointer(q_inv),
+            pointer(d_inv),
         )
 
     @property
@@ -172,10 +162,10 @@ class _Kernels:
             groups.data_ptr(),
             blocks.data_ptr(),
             len(groups) - 1,
-            _pointer(self.weights),
-            _pointer(scores),
-            _pointer(maxima),
-            _pointer(winners),
+            pointer(self.weights),
+            pointer(scores),
+            pointer(maxima),
+            pointer(winners),
             narrow,
             self.threads,
         )
@@ -247,7 +237,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
                 shape[1] = len(offsets) - 1
             won = torch.empty(shape, dtype=k.dtype if smooth else x.winner_dtype)
             k.forward(problem, queries, None, won if smooth else None, None if smooth else won)
-        gradient = (0, 0, g.data_ptr()) if per_token else (g.data_ptr(), _pointer(k.weights), 0)
+        gradient = (0, 0, g.data_ptr()) if per_token else (g.data_ptr(), pointer(k.weights), 0)
         for of_queries, out in ((True, part), (False, d_d)):
             if not (need_queries if of_queries else need_documents):
                 continue
@@ -257,10 +247,10 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
                 problem,
                 of_queries,
                 *gradient,
-                _pointer(won),
+                pointer(won),
                 won.dtype == torch.int16,
-                _pointer(order),
-                _pointer(start),
+                pointer(order),
+                pointer(start),
                 out.data_ptr(),
                 DTYPES[out.dtype],
                 k.threads,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
-from pyelastic.ops._maxsim_cpu import DTYPES
+from pyelastic.ops._binding import DTYPES, pointer
 from pyelastic.ops._maxsim_layout import Inputs
 
 # Bytes of maxima (float32, one per query token and document) that scoring holds at once, and of winners that a
@@ -24,10 +24,6 @@ from pyelastic.ops._maxsim_layout import Inputs
 CHUNK_BYTES = 64 << 20
 ALIGNMENT = 16  # bytes, of the rows that cp.async copies
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _aligned(x: Tensor, width: int) -> bool:
@@ -99,7 +95,7 @@ class _Kernels:
             bits = 8
         elif not of_queries and self.buckets is not None and self.centroids is not None:
             bits = 2 if self.buckets.shape[0] == 4 else 4
-            codec = (_pointer(self.codes), _pointer(self.centroids), _pointer(self.buckets))
+            codec = (pointer(self.codes), pointer(self.centroids), pointer(self.buckets))
             width = self.centroids.shape[1]
         dtype = DTYPES.get(tokens.dtype, 0)  # quantised: not looked at
         stride = tokens.stride(0) if tokens.shape[0] > 1 else tokens.shape[1]
@@ -125,9 +121,9 @@ class _Kernels:
         floor = None if self.floor is None else self.floor[first:]
         pairs = self.pair_q.shape[0] if self.pair_q is not None else 0
         return (
-            self._side(q, self.offsets[0], True), self._side(d, offsets, False), width, _pointer(self.d_mask),
-            _pointer(floor), _pointer(self.pair_q), _pointer(self.pair_d), pairs, self.x.max_q, self.x.topk,
-            self.x.temperature, _pointer(q_inv), _pointer(d_inv),
+            self._side(q, self.offsets[0], True), self._side(d, offsets, False), width, pointer(self.d_mask),
+            pointer(floor), pointer(self.pair_q), pointer(self.pair_d), pairs, self.x.max_q, self.x.topk,
+            self.x.temperature, pointer(q_inv), pointer(d_inv),
         )  # fmt: skip
 
     def norms(self) -> tuple[Tensor | None, Tensor | None]:
@@ -139,7 +135,7 @@ class _Kernels:
             out = self.empty(self.x.planes, tokens.shape[0])
             side = self._side(tokens, self.offsets[0 if of_queries else 1], of_queries)
             for plane, width in enumerate(self.x.prefixes):
-                self.call("norms", side, width, _pointer(out[plane]))
+                self.call("norms", side, width, pointer(out[plane]))
             made.append(out)
         return made[0], made[1]
 
@@ -157,7 +153,7 @@ class _Kernels:
         ]
         share = None if self.share is None else self.share[first:]
         narrow = winners is not None and winners.dtype == torch.int16
-        self.call("forward", problem, self.mma, *aligned, _pointer(share), _pointer(maxima), _pointer(winners), narrow)
+        self.call("forward", problem, self.mma, *aligned, pointer(share), pointer(maxima), pointer(winners), narrow)
 
     def order(self, of_queries: bool) -> tuple[Tensor | None, Tensor | None]:
         """A list's pairs by query or by document, and where each one's begin."""
@@ -214,7 +210,7 @@ def _forward(k: _Kernels, inverse: Any, scores: Tensor, maxima: Tensor, winners:
             k.forward(problem, first, plane, of_chunk, won if winners.numel() else None)
             if scores.numel():
                 out = scores[plane] if k.listed else scores[plane, :, first:]
-                k.call("scores", problem, _pointer(of_chunk), _pointer(k.weights), _pointer(out), k.documents_count)
+                k.call("scores", problem, pointer(of_chunk), pointer(k.weights), pointer(out), k.documents_count)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -258,22 +254,22 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
                 if per is not None and not k.listed:
                     per = per[first:]
                 of_scores = None if per_token else grad[plane] if k.listed else grad[plane, :, first:]
-                gradient = (_pointer(of_scores), _pointer(k.weights), _pointer(per))
+                gradient = (pointer(of_scores), pointer(k.weights), pointer(per))
                 for n, need in ((0, need_queries), (1, need_documents)):
                     if not need:
                         continue
-                    order, start = map(_pointer, orders[n])
+                    order, start = map(pointer, orders[n])
                     out = sums[n]
                     width = x.prefixes[plane]
                     room = None if k.module.cuda_maxsim_fits(width) else k.empty(out.shape[0], width)
-                    target = (_pointer(out), DTYPES[out.dtype], out.shape[1], out is not sides[n], _pointer(room))
+                    target = (pointer(out), DTYPES[out.dtype], out.shape[1], out is not sides[n], pointer(room))
                     if k.smooth:
-                        k.call("backward_smooth", problem, n == 0, gradient, k.documents_count, _pointer(won), order,
+                        k.call("backward_smooth", problem, n == 0, gradient, k.documents_count, pointer(won), order,
                                start, target)  # fmt: skip
                         continue
                     share = None if k.share is None else k.share[first:]
-                    k.call("backward", problem, n == 0, x.max_d, gradient, k.documents_count, _pointer(query_of),
-                           _pointer(share), _pointer(won), won.dtype == torch.int16, order, start,
+                    k.call("backward", problem, n == 0, x.max_d, gradient, k.documents_count, pointer(query_of),
+                           pointer(share), pointer(won), won.dtype == torch.int16, order, start,
                            target)  # fmt: skip
         return sums[0].to(sides[0].dtype), sums[1].to(sides[1].dtype)
 

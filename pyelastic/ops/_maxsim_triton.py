@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyelastic.ops._binding import rows_of
 from pyelastic.ops._maxsim_cpu import CHUNK_BYTES
 from pyelastic.ops._maxsim_layout import Inputs
 
@@ -29,11 +30,6 @@ def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 def _guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Columns one element apart, which the kernels expect; rows may lie at any distance."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def pieces(dim: int, block: int) -> dict[str, Any]:
@@ -59,7 +55,7 @@ class _Problem:
 
         self.x, self.cdiv, self.power = x, triton.cdiv, triton.next_power_of_2
         self.forward_kernels, self.backward_kernels, self.smooth_kernels = _kernels()
-        self.queries, self.documents = _rows(x.queries.detach()), _rows(x.documents.detach())
+        self.queries, self.documents = rows_of(x.queries.detach()), rows_of(x.documents.detach())
         self.device = self.queries.device
         self.bits = 8 if x.d_scale is not None else 0
         if x.buckets is not None:

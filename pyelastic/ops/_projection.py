@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyelastic.eager.projection import statistics_dtype
+from pyelastic.ops._binding import rows_of
 
 # Longest sum of one product: a BLAS splits a longer one over its threads, and the bits would depend on their number
 # (MKL from 512 on; see _margin_softmax_cpu.GEMM_DEPTH).
@@ -96,11 +97,6 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
         last = rows if rows - first - size < size // 32 else first + size
         yield slice(first, last)
         first = last
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Columns one element apart, which the kernels expect; rows may lie at any distance."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
+from pyelastic.ops._binding import DTYPES, pointer
 from pyelastic.ops._projection import Kernels
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _matrix(x: Tensor | None) -> tuple[int, int, int]:
@@ -34,8 +29,8 @@ class CpuKernels(Kernels):
         self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
     ) -> None:
         self._forward(
-            z.data_ptr(), _pointer(bias), _matrix(residual), *z.shape, _matrix(out), _pointer(inverse), self.threads
+            z.data_ptr(), pointer(bias), _matrix(residual), *z.shape, _matrix(out), pointer(inverse), self.threads
         )
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
-        self._backward(_matrix(grad), _matrix(y), _pointer(inverse), *dz.shape, dz.data_ptr(), self.threads)
+        self._backward(_matrix(grad), _matrix(y), pointer(inverse), *dz.shape, dz.data_ptr(), self.threads)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
+from pyelastic.ops._binding import pointer
 from pyelastic.ops._projection import Kernels
-from pyelastic.ops._projection_cpu import _matrix, _pointer
+from pyelastic.ops._projection_cpu import _matrix
 
 
 class CudaKernels(Kernels):
@@ -25,10 +26,10 @@ class CudaKernels(Kernels):
         if residual is not None and residual.dtype != out.dtype:
             residual = residual.float()
         self._forward(
-            z.data_ptr(), _pointer(bias), _matrix(residual), *z.shape, _matrix(out), _pointer(inverse), self.stream
+            z.data_ptr(), pointer(bias), _matrix(residual), *z.shape, _matrix(out), pointer(inverse), self.stream
         )
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
         if grad.dtype != y.dtype:
             grad, y = grad.float(), y.float()
-        self._backward(_matrix(grad), _matrix(y), _pointer(inverse), *dz.shape, dz.data_ptr(), self.stream)
+        self._backward(_matrix(grad), _matrix(y), pointer(inverse), *dz.shape, dz.data_ptr(), self.stream)
