@@ -10,12 +10,10 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 .PHONY: test bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
 
-# torch by itself first: a range would take the newest build, with gigabytes of CUDA packages.
+# torch is pinned with all else: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints-dev.txt torch==2.13.0 numpy
-	$(PY) -m pip install --quiet -c constraints-dev.txt setuptools pybind11 cmake ninja pytest hypothesis ruff mypy rich \
-	  matplotlib psutil scikit-learn pytorch-metric-learning $(if $(filter Linux,$(shell uname)),triton)
+	$(PY) -m pip install --quiet -r constraints-dev.txt
 	touch $@
 
 $(VENV)/build.stamp: $(VENV)/environment.stamp $(SOURCES)
