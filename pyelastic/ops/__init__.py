@@ -3,4 +3,5 @@
 from pyelastic.ops import fira as fira
 from pyelastic.ops import margin_softmax as margin_softmax
 from pyelastic.ops import maxsim as maxsim
+from pyelastic.ops import norm_linear_attention as norm_linear_attention
 from pyelastic.ops import projection as projection

@@ -1,0 +1,54 @@
+// norm_linear_attention: the contract of its kernels.
+//
+// Per query head h (kv head h / (q_heads / kv_heads)), with R_n the rotation of both halves by position n, or none:
+//   phi_q(q) = [w 1(q > 0); w 1(q < 0)], w = (|q| / r)^p, r = sqrt(|q|^2 + norm_eps^2), p = lam (tau + tanh(beta r))
+//   phi_k(k) = [m 1(k > 0); m 1(k < 0)], m = |k|^key_power                                             (split)
+//   phi_q = [w cos th; w sin th], th = pi/4 tanh(alpha q / r), and phi_k = [m cos th'; m sin th'] of k / |k|  (cosine)
+//   both = [x+^P; x-^P] with a power P per channel; the opposite map swaps phi_q's halves               (pola)
+//   both = elu(x) + 1, of d features                                                                   (mala)
+//   S = s0 + sum_j R phi_k(k_j) v_j^T,  z = z0 + sum_j phi_k(k_j)   (rope_both: of R phi_k, and phi_q below too)
+//   D_i = phi_q(q_i) . z + eps e,  o_i = S^T R phi_q(q_i) / D_i,  e = tokens in z if `mean`, else 1
+//   mala: x = phi_q . z / (sqrt(d) e), o_i = (1 + 1 / (x + eps)) S^T R phi_q / (sqrt(d) e) - x V / e, V = sum of values,
+//   which is the last row of S
+//   o_i *= silu(gate_i)
+// where sums run over the sequence, or, causal, over j <= i. A feature of 0^p is 0, and so is its gradient; a zero query
+// has o = 0. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
+//
+// Conventions. T is the compute type, float or double; features, sums and gradients are made in it. Data of q, k, v,
+// gate, o and their gradients has `dtype` and a contiguous last dimension. States are contiguous,
+// S [sequences, kv_heads, rows, v_dim] with rows in the order of the features (2 dim, or dim + 1 for mala),
+// z [sequences, kv_heads, features]. Sequence s is batch s, or, packed, tokens offsets[s] .. offsets[s + 1] - 1 of batch
+// 0. Its token i is at position start[s] + i of the tables. Deterministic; nothing aliases but where said.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace pyelastic {
+
+enum class FeatureMap : int { split = 0, cosine = 1, pola = 2, pola_opposite = 3, mala = 4 };
+
+// [batch, tokens, heads, width]; strides in elements.
+struct HeadsView {
+  void* data;  // null: none
+  std::int64_t batch, token, head;
+};
+
+template <class T>
+struct NormLinearAttention {
+  Dtype dtype;
+  std::int64_t sequences, queries, keys;  // tokens per batch; packed: of all
+  std::int64_t q_heads, kv_heads, dim, v_dim;
+  HeadsView q, k, v, gate;
+  const T* params;  // [3, q_heads]: lam, tau, beta; pola: P [q_heads, dim]; mala: null
+  const T *sin, *cos;  // [positions, dim / 2] or null; pairs are (2j, 2j + 1)
+  const std::int64_t *start, *offsets;  // [sequences] or null (0); [sequences + 1] or null
+  const T *s0, *z0;  // or null
+  const std::int64_t* count;  // [sequences] or null (0): tokens in s0, z0
+  FeatureMap map;
+  bool rope_both, causal, mean;
+  T key_power, alpha, eps, norm_eps;
+};
+
+}  // namespace pyelastic
