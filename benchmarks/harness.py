@@ -34,6 +34,9 @@ class Case(Protocol):
     def flops(self) -> float:
         """Operations a step (forward, and backward where there is one) cannot do without."""
 
+    def bytes(self) -> float:
+        """Bytes a step cannot do without: inputs read once in each direction, results and gradients written once."""
+
     def inputs(self, seed: int, device: str) -> Inputs: ...
 
 
@@ -213,6 +216,7 @@ def measure(
         "case": case.id,
         "device": device,
         "flops": case.flops(),
+        "bytes": case.bytes(),
         "ours": next((name for name in bench.OURS if "step_s" in rows.get(name, {})), None),
         "rows": rows,
     }
