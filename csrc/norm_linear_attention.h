@@ -12,7 +12,7 @@
 //   which is the last row of S
 //   o_i *= silu(gate_i)
 // where sums run over the sequence, or, causal, over j <= i. A feature of 0^p is 0, and so is its gradient; a zero query
-// has o = 0. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
+// has o = 0. A NaN in a row of q reaches that row of o, one in k or v all rows that attend to it. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
 //
 // Conventions. T is the compute type, float or double; features, sums and gradients are made in it. Data of q, k, v,
 // gate, o and their gradients has `dtype` and a contiguous last dimension. States are contiguous,

@@ -25,13 +25,13 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def power(base: Tensor, exponent: Tensor | float) -> Tensor:
     """base^exponent for base >= 0 and exponent > 0, with a gradient of 0, not NaN or infinity, where base is 0."""
-    positive = base > 0
-    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, 0.0)
+    zero = base == 0  # and not base > 0, which would drop a NaN
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, base) ** exponent)
 
 
 def _by_sign(x: Tensor, magnitude: Tensor) -> Tensor:
-    """[magnitude where x > 0; magnitude where x < 0] along the last dimension, zeros elsewhere."""
-    return torch.cat((torch.where(x > 0, magnitude, 0.0), torch.where(x < 0, magnitude, 0.0)), -1)
+    """[magnitude where x > 0; magnitude where x < 0] along the last dimension, zeros elsewhere; a NaN in both."""
+    return torch.cat((torch.where(x <= 0, 0.0, magnitude), torch.where(x >= 0, 0.0, magnitude)), -1)
 
 
 def _by_angle(direction: Tensor, magnitude: Tensor, alpha: float) -> Tensor:
@@ -132,7 +132,7 @@ def _sequence(
         at_ = slice(first, first + CHUNK)
         made, s, z = _chunk(gq[at_], gk[at_], fq[at_], fk[at_], v[at_], s, z)
         numerator, denominator = made
-        tokens = count + first + 1 + torch.arange(len(denominator), device=q.device) if mean else None
+        tokens = count + first + 1 + torch.arange(len(denominator), device=q.device, dtype=q.dtype) if mean else None
         denominator = denominator + (eps if tokens is None else eps * tokens[:, None])
         outputs.append(numerator / denominator[..., None])
     return torch.cat(outputs) if outputs else q.new_zeros(0, heads, v.shape[-1]), s, z
@@ -201,7 +201,8 @@ def attend(
     for i, part in enumerate(parts):
         s = k.new_zeros(k.shape[-2], rows, v.shape[-1], dtype=dtype) if s0 is None else s0[i]
         z = k.new_zeros(k.shape[-2], features, dtype=dtype) if z0 is None else z0[i]
-        begin, count = (0 if t is None else t[i] for t in (start, count0))
+        begin = 0 if start is None else start[i]
+        count = 0 if count0 is None else count0[i].to(dtype)  # an int64 tensor times a float is float32
         qkv = (x.to(dtype) for x in part)
         o, s, z = _sequence(*(*qkv, params, *tables, begin, count, s, z, *options))
         outputs.append(o)
