@@ -105,7 +105,7 @@ def make(
     if lengths is not None:
         lengths = list(lengths)
         cu = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)])
-        batch, n = 1, sum(lengths)
+        batch, n, m = 1, sum(lengths), None
     kv, m = kv_heads or heads, n if m is None else m
     sequences = batch if cu is None else len(cu) - 1
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
@@ -150,7 +150,9 @@ def call(
     leaves = {n: x.detach().to(device).requires_grad_(need is None or n in need) for n, x in case.tensors.items()}
     state = None
     if "s0" in leaves:
-        state = LinearAttentionState(leaves["s0"], leaves["z0"], torch.tensor(case.before, dtype=torch.int64, device=device))
+        state = LinearAttentionState(
+            leaves["s0"], leaves["z0"], torch.tensor(case.before, dtype=torch.int64, device=device)
+        )
     o, after = pyelastic.norm_linear_attention(
         leaves["q"],
         leaves["k"],

@@ -18,7 +18,7 @@ QUARTER = math.pi / 4
 
 @dataclass
 class Truth:
-    """Results (o, s, z) and gradients (dq, ...) by name; A of each, and ``half`` where features are stored in 16 bits."""
+    """Results (o, s, z) and gradients (dq, ...) by name; A of each; ``half``: with features stored in 16 bits."""
 
     value: dict[str, Tensor]
     A: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Values in float64 that carry how far arithmetic of lower precision may be off, to first order, in units of a rounding.
+"""Values in float64 that carry how far arithmetic of lower precision may be off, to first order, in roundings.
 
 The error of a sum of products is one rounding of each term plus what the factors carry. ``noise`` 1: every operation
 rounds. ``noise`` 0: only what is marked by ``stored`` does, for operands of fewer bits than the arithmetic.
@@ -53,7 +53,9 @@ class Running:
         return self._made(f(self.x), slope(self.x).abs() * self.e)
 
     def sum(self, dim: int | tuple[int, ...], keepdim: bool = False) -> Running:
-        return self._made(self.x.sum(dim, keepdim), self.e.sum(dim, keepdim) + self.noise * self.x.abs().sum(dim, keepdim))
+        return self._made(
+            self.x.sum(dim, keepdim), self.e.sum(dim, keepdim) + self.noise * self.x.abs().sum(dim, keepdim)
+        )
 
     def where(self, mask: Tensor) -> Running:
         """Zero elsewhere."""

@@ -71,9 +71,7 @@ def test_options(
         mode=MODES,
     ),
 )
-def test_sizes(
-    backend: str, causal: bool, n: int, d: int, dv: int, heads: int, kv_heads: int, mode: str
-) -> None:
+def test_sizes(backend: str, causal: bool, n: int, d: int, dv: int, heads: int, kv_heads: int, mode: str) -> None:
     """One token, odd sizes and those around tiles; heads that share keys."""
     compare(backend, make(1, n, heads=heads, kv_heads=kv_heads, d=d, dv=dv, mode=mode, causal=causal))
 
@@ -277,7 +275,9 @@ def test_short_queries(backend: str) -> None:
 def test_sum_of_100_000_tokens(backend: str) -> None:
     case = make(1, 100_000, heads=1, d=4, dv=2, causal=True)
     made = call(backend, case, need=())[0]
-    last = call("eager", case.having(q=case.q[:, -1:].double(), k=case.k.double(), v=case.v.double(), causal=False))[0]
+    last = call("eager", case.having(q=case.q[:, -1:].double(), k=case.k.double(), v=case.v.double(), causal=False))[
+        0
+    ]
     torch.testing.assert_close(made["o"][:, -1:].double(), last["o"].detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made["z"].double(), last["z"].detach(), rtol=1e-5, atol=0)
 
