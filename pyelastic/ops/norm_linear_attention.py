@@ -32,9 +32,12 @@ from torch import Tensor
 
 from pyelastic import _dispatch, _errors, _library
 from pyelastic.eager import norm_linear_attention as eager
+from pyelastic.ops import _norm_linear_attention_triton as triton
+from pyelastic.ops import _triton
 from pyelastic.ops._norm_linear_attention import Inputs
 from pyelastic.ops._norm_linear_attention import LinearAttentionState as LinearAttentionState
 from pyelastic.ops._norm_linear_attention_checks import (
+    DTYPES,
     OP,
     check_numbers,
     check_offsets,
@@ -215,7 +218,7 @@ def _fake_step(*arguments: Any) -> Tensor:
 
 # A launcher has forward and backward, as the schemas, and advance(inputs) -> o, a causal forward that leaves the state
 # after its tokens in inputs.s0 and inputs.z0.
-LAUNCHERS: dict[str, Any] = {}
+LAUNCHERS: dict[str, Any] = {"triton": triton}
 
 
 def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
@@ -319,13 +322,25 @@ def _make_call(q: Tensor, k: Tensor, v: Tensor, *, mode: str = "split", causal: 
     return Call(OP, q.device, q.dtype, "q", q.shape[3], v.shape[3], MODES[mode], causal)
 
 
+def _triton_why_not(call: Call) -> str | None:
+    missing = _dispatch.unsupported_dtype(call, DTYPES[:3]) or triton.why_not(call.dim, call.v_dim, call.map)
+    return missing or _triton.why_not(str(call.device), "q", OP, "forward")
+
+
 _ALL = ("float16", "bfloat16", "float32", "float64")
 _DIRECTIONS = ("forward", "backward", "step")
 
 _dispatch.register(
     OP,
     _dispatch.not_implemented("cuda", "being written"),
-    _dispatch.not_implemented("triton", "being written"),
+    _dispatch.Backend(
+        "triton",
+        _runner("triton"),  # type: ignore[arg-type]
+        _triton_why_not,
+        _ALL[:3],
+        _DIRECTIONS,
+        label="interpreted; not yet run on a GPU",
+    ),
     _dispatch.not_implemented("cpu", "being written"),
     _dispatch.Backend(
         "eager",
