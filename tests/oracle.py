@@ -38,6 +38,9 @@ TOLERANCES: dict[str, Tolerance] = {
     # Operands of a GEMM rounded to float16, sums in float32: the error is that of rounding unit vectors, which the
     # length of the sum does not raise (K = 1).
     "half operands": Tolerance(c_acc=1.0),
+    # The same where a few terms outweigh the rest, as cubes of keys do: such a sum errs like its largest rounding, whose
+    # RMS is 0.43 of the bound as that of the last one, and no more cancels. A is a running error (running_error.py).
+    "stored operands": Tolerance(c_acc=1.0, rms=0.75),
 }
 
 # Absolute error allowed against files written by the papers' own code in float64.

@@ -177,7 +177,7 @@ def grade(backend: str, case: Case, truth: Any, name: str) -> dict[str, Any]:
     if dtype in HALF and backend in ("cuda", "triton"):
         # The float32 part of the bound, in units of the operands' dtype.
         part = oracle.TOLERANCES[oracle.DEFAULT].c_acc * K**0.5 * oracle.unit(torch.float32) / oracle.unit(dtype)
-        return {"A": truth.half[name] + part * A, "K": 1, "acc": dtype, "tolerance": "half operands"}
+        return {"A": truth.half[name] + part * A, "K": 1, "acc": dtype, "tolerance": "stored operands"}
     return {"A": A, "K": K, "acc": oracle.accumulator(dtype)}
 
 
