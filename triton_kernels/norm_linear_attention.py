@@ -7,8 +7,8 @@ concatenated. `state` sums phi_k v^T over the tokens of a part of a sequence, `s
 `forward` adds the tokens of the part up to its own by their weights: no state is carried in registers, and the grid has
 one program for each tile of tokens. Sums are float32, addresses int64; token counts are runtime values.
 
-Products. PRECISION "bf16": operands rounded to bfloat16 (bfloat16 inputs); "tf32": to 11 bits, with float32's range,
-which cubes of float16 keys need; "tf32x3": float32 as three products.
+Products. PRECISION "bf16": operands rounded to bfloat16 (bfloat16 inputs); "tf32x3": float32 as three products, also
+for float16 inputs: cubes of their keys leave its range.
 
 Bytes moved: q, k, v read once, o written once; states of 4 R dv bytes per part, causal one per CHUNK tokens.
 """

@@ -1,10 +1,10 @@
-"""norm_linear_attention in Triton, backward. Formulas: csrc/norm_linear_attention.h; features: norm_linear_attention.py.
+"""norm_linear_attention in Triton, backward. Formulas: csrc/norm_linear_attention.h.
 
 Algorithm. `grad_queries`, a tile of queries each, makes dq and leaves the denominator D and its gradient per token;
 `grad_state` sums R phi_q y^T and phi_q dD over parts of a sequence, with y = g / D; `scan` adds the parts up, from the
-last on in the causal form, where it leaves the gradient of the state after each part; `grad_keys`, a tile of keys each, makes dk
-and dv. The causal form adds the tokens of the same part by their weights, as the forward pass does. Nothing is read
-from the forward pass but the states; o is made again only for the gate's gradient.
+last on in the causal form, where it leaves the gradient of the state after each part; `grad_keys`, a tile of keys
+each, makes dk and dv. The causal form adds the tokens of the same part by their weights, as the forward pass does.
+Nothing is read from the forward pass but the states; o is made again only for the gate's gradient.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class _Problem:
         if not x.causal:
             self.part = max(self.part, triton.next_power_of_2(triton.cdiv(longest, SPLITS)))
         rope = 0 if x.sin is None else 2 if x.rope_both else 1
-        precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(x.q.dtype, "tf32x3")
+        # Cubes of float16 keys leave its range, and one tf32 product cuts operands off at 10 bits.
+        precision = "bf16" if x.q.dtype == torch.bfloat16 else "tf32x3"
         self.common = {
             "D": self.d, "DV": self.dv, "HD": max(16, triton.next_power_of_2((self.d + 1) // 2)),
             "BV": max(16, min(self.forward_kernels.BLOCK_V, triton.next_power_of_2(self.dv))), "BT": self.tile,
@@ -193,7 +194,7 @@ class _Problem:
                 self.heads, group, x.key_power, x.alpha, x.norm_eps, **self.common, **self.cube,
                 HAS_GATE=x.gate is not None, CAUSAL=x.causal,
             )  # fmt: skip
-        total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT
+        total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
         return [dq, dk, dv, total, dgate, ds, dz]
 
 

@@ -18,7 +18,7 @@ BACKENDS = backends.implemented(OP)
 KERNELS = [b for b in BACKENDS if b != "eager"]
 OPTIONS = ("mode", "rope", "causal", "key_power", "alpha", "eps", "eps_mode", "norm_eps")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HALF = (torch.bfloat16, torch.float16)
+STORED = {("triton", torch.bfloat16)}
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 over_kernels = pytest.mark.parametrize("backend", KERNELS)
 
@@ -171,10 +171,10 @@ def call(
 
 
 def grade(backend: str, case: Case, truth: Any, name: str) -> dict[str, Any]:
-    """How exact a result must be. GPU kernels store features in 16 bits where inputs have 16 bits (docs/ops)."""
+    """How exact a result must be; STORED: where kernels multiply features rounded to the inputs' dtype (docs/ops)."""
     A, K = truth.A[name], truth.K
     dtype = case.q.dtype
-    if dtype in HALF and backend in ("cuda", "triton"):
+    if (backend, dtype) in STORED:
         # The float32 part of the bound, in units of the operands' dtype.
         part = oracle.TOLERANCES[oracle.DEFAULT].c_acc * K**0.5 * oracle.unit(torch.float32) / oracle.unit(dtype)
         return {"A": truth.half[name] + part * A, "K": 1, "acc": dtype, "tolerance": "stored operands"}
@@ -199,7 +199,7 @@ def compare(backend: str, case: Case, states: bool = False, upstream: dict[str, 
             continue  # nothing depends on it
         assert leaf.grad is not None, f"{backend}: no gradient of {name}"
         told = grade(backend, case, truth, f"d{name}")
-        oracle.check(
-            leaf.grad, truth.value[f"d{name}"], dtype=leaf.dtype, name=f"{backend} gradient of {name}", **told
-        )
+        want = truth.value[f"d{name}"]
+        want = torch.where(want.abs() > torch.finfo(leaf.dtype).max, want.sign() * torch.inf, want)
+        oracle.check(leaf.grad, want, dtype=leaf.dtype, name=f"{backend} gradient of {name}", **told)
     return truth
