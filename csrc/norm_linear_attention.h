@@ -51,4 +51,51 @@ struct NormLinearAttention {
   T key_power, alpha, eps, norm_eps;
 };
 
+// Sequences are cut into parts of `part` tokens, a multiple of kNlaTile; part j of sequence s is slot first[s] + j.
+constexpr std::int64_t kNlaTile = 64;
+
+// CPU. Arrays per slot are [slots, kv_heads, ..] in the compute type.
+struct NlaParts {
+  std::int64_t part;
+  const std::int64_t *first_q, *first_k;  // [sequences + 1], of queries and of keys
+};
+
+template <class T>
+struct NlaKernels {
+  // Sums of each part's keys: s [slots, kv_heads, rows, v_dim], z [slots, kv_heads, features].
+  void (*states)(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, int threads);
+  // x [slots, heads, width] -> total [sequences, heads, width] = initial (or 0) + the parts in their order, or in the
+  // reverse one; `exclusive`: each part becomes the sum before it.
+  void (*scan)(const std::int64_t* first, std::int64_t sequences, std::int64_t heads, std::int64_t width, const T* initial,
+               bool exclusive, bool reverse, T* parts, T* total, int threads);
+  // o [batch, queries, q_heads, v_dim] contiguous, of x.dtype. s, z: bidirectional, the whole's; causal, those before each
+  // slot. Causal with one part a sequence: s_end, z_end [sequences, ..] receive the state, and may be x.s0 and x.z0.
+  void (*forward)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end,
+                  T* z_end, int threads);
+};
+
+template <class T>
+struct NlaBackward {
+  // From grad, as o: dq and dgate (or null) contiguous, of x.dtype; d and dd [batch, queries, q_heads], the denominator and
+  // its gradient; ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
+  void (*queries)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad,
+                  void* dq, void* dgate, T* d, T* dd, T* ds, T* dz, double* dparams, int threads);
+  // dk, dv contiguous, of x.dtype. ds, dz: bidirectional, the whole's; causal, gradients of the state after each slot, which
+  // become those before it. dparams, pola: [slots of keys, kv_heads, dim].
+  void (*keys)(const NormLinearAttention<T>& x, const NlaParts& parts, const void* grad, const T* d, const T* dd, T* ds,
+               T* dz, void* dk, void* dv, double* dparams, int threads);
+};
+
+#define PYELASTIC_DECLARE(ISA)                            \
+  namespace ISA {                                         \
+  extern const NlaKernels<float> nla_float;               \
+  extern const NlaKernels<double> nla_double;             \
+  extern const NlaBackward<float> nla_backward_float;     \
+  extern const NlaBackward<double> nla_backward_double;   \
+  }
+PYELASTIC_DECLARE(baseline)
+PYELASTIC_DECLARE(avx2)
+PYELASTIC_DECLARE(avx512)
+#undef PYELASTIC_DECLARE
+
 }  // namespace pyelastic

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyelastic import _dispatch, _errors, _library
+from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import norm_linear_attention as eager
+from pyelastic.ops import _norm_linear_attention_cpu as cpu
 from pyelastic.ops import _norm_linear_attention_triton as triton
 from pyelastic.ops import _triton
 from pyelastic.ops._norm_linear_attention import Inputs
@@ -218,7 +219,7 @@ def _fake_step(*arguments: Any) -> Tensor:
 
 # A launcher has forward and backward, as the schemas, and advance(inputs) -> o, a causal forward that leaves the state
 # after its tokens in inputs.s0 and inputs.z0.
-LAUNCHERS: dict[str, Any] = {"triton": triton}
+LAUNCHERS: dict[str, Any] = {"cpu": cpu, "triton": triton}
 
 
 def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
@@ -322,6 +323,14 @@ def _make_call(q: Tensor, k: Tensor, v: Tensor, *, mode: str = "split", causal: 
     return Call(OP, q.device, q.dtype, "q", q.shape[3], v.shape[3], MODES[mode], causal)
 
 
+def _cpu_why_not(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"q is on {call.device}; the kernel runs on the CPU"
+    if call.map == eager.MALA:
+        return "MALA's readout is not implemented in the kernel"
+    return _extension.why_not()
+
+
 def _triton_why_not(call: Call) -> str | None:
     missing = _dispatch.unsupported_dtype(call, DTYPES[:3]) or triton.why_not(call.dim, call.v_dim, call.map)
     return missing or _triton.why_not(str(call.device), "q", OP, "forward")
@@ -341,7 +350,14 @@ _dispatch.register(
         _DIRECTIONS,
         label="interpreted; not yet run on a GPU",
     ),
-    _dispatch.not_implemented("cpu", "being written"),
+    _dispatch.Backend(
+        "cpu",
+        _runner("cpu"),  # type: ignore[arg-type]
+        _cpu_why_not,
+        _ALL,
+        _DIRECTIONS,
+        label="tested on CPU",
+    ),
     _dispatch.Backend(
         "eager",
         Runner(_eager_attend, _eager_step),  # type: ignore[arg-type]
