@@ -197,12 +197,8 @@ def grad_queries(
         row = (batch * N + begin + token) * heads + head
         ka, kb, _ = load_params(p_params, kv, heads, o_pair, D, MAP)
         start = tile * BT // PART * PART if CAUSAL else tile * BT + BT
-        # phi_k summed up to each row
         x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
-        w_ue = tl.zeros([BT, HD], tl.float32) + x_ue[None, :]
-        w_uo = tl.zeros([BT, HD], tl.float32) + x_uo[None, :]
-        w_le = tl.zeros([BT, HD], tl.float32) + x_le[None, :]
-        w_lo = tl.zeros([BT, HD], tl.float32) + x_lo[None, :]
+        d = tl.sum(ue * x_ue[None, :] + uo * x_uo[None, :] + le * x_le[None, :] + lo * x_lo[None, :], axis=1)
         for other in range(start, tile * BT + BT, BT):
             key = other + tl.arange(0, BT)
             m_key = key < length
@@ -211,9 +207,8 @@ def grad_queries(
             if ROPE == 2:
                 sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-            allowed = (key[None, :] <= token[:, None]).to(tl.float32)
-            w_ue, w_uo, w_le, w_lo = add_sums(w_ue, w_uo, w_le, w_lo, allowed, k_ue, k_uo, k_le, k_lo, PRECISION)
-        d = tl.sum(ue * w_ue + uo * w_uo + le * w_le + lo * w_lo, axis=1)
+            w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
+            d += tl.sum(tl.where(key[None, :] <= token[:, None], w, 0.0), axis=1)
         d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
         d = tl.where(m_token, d, 1.0)
         # the gradient of the rotated features
@@ -222,17 +217,17 @@ def grad_queries(
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
             y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
-            x_ue, x_uo, x_le, x_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
-            h_ue = dot(y, tl.trans(x_ue), h_ue, PRECISION)
-            h_uo = dot(y, tl.trans(x_uo), h_uo, PRECISION)
-            h_le = dot(y, tl.trans(x_le), h_le, PRECISION)
-            h_lo = dot(y, tl.trans(x_lo), h_lo, PRECISION)
+            t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
+            h_ue = dot(y, tl.trans(t_ue), h_ue, PRECISION)
+            h_uo = dot(y, tl.trans(t_uo), h_uo, PRECISION)
+            h_le = dot(y, tl.trans(t_le), h_le, PRECISION)
+            h_lo = dot(y, tl.trans(t_lo), h_lo, PRECISION)
             o = tl.zeros([BT, BV], tl.float32)
             if HAS_GATE:
-                o = dot(g_ue, x_ue, o, PRECISION)
-                o = dot(g_uo, x_uo, o, PRECISION)
-                o = dot(g_le, x_le, o, PRECISION)
-                o = dot(g_lo, x_lo, o, PRECISION)
+                o = dot(g_ue, t_ue, o, PRECISION)
+                o = dot(g_uo, t_uo, o, PRECISION)
+                o = dot(g_le, t_le, o, PRECISION)
+                o = dot(g_lo, t_lo, o, PRECISION)
             for other in range(start, tile * BT + BT, BT):
                 key = other + tl.arange(0, BT)
                 m_key = key < length
@@ -258,15 +253,27 @@ def grad_queries(
         dd = -tl.sum(g_ue * h_ue + g_uo * h_uo + g_le * h_le + g_lo * h_lo, axis=1) / d
         tl.store(p_d + row, d, mask=m_token)
         tl.store(p_dd + row, dd, mask=m_token)
-        if ROPE == 2:
-            h_ue, h_uo = h_ue + dd[:, None] * w_ue, h_uo + dd[:, None] * w_uo
-            h_le, h_lo = h_le + dd[:, None] * w_le, h_lo + dd[:, None] * w_lo
-        if ROPE > 0:
+        # What the denominator sends to phi_q: dD times phi_k summed up to each row, after the rotation is undone, if z
+        # has none. Made in a pass of its own, so that no running sums are held meanwhile.
+        if ROPE == 1:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
-        if ROPE != 2:
-            h_ue, h_uo = h_ue + dd[:, None] * w_ue, h_uo + dd[:, None] * w_uo
-            h_le, h_lo = h_le + dd[:, None] * w_le, h_lo + dd[:, None] * w_lo
+        x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+        h_ue, h_uo = h_ue + dd[:, None] * x_ue[None, :], h_uo + dd[:, None] * x_uo[None, :]
+        h_le, h_lo = h_le + dd[:, None] * x_le[None, :], h_lo + dd[:, None] * x_lo[None, :]
+        for other in range(start, tile * BT + BT, BT):
+            key = other + tl.arange(0, BT)
+            m_key = key < length
+            k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
+            k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
+            if ROPE == 2:
+                sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
+                k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
+            w = tl.where(key[None, :] <= token[:, None], dd[:, None], 0.0)
+            h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
+        if ROPE == 2:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
         dq_even, dq_odd, x, y_, z = query_gradient(even, odd, a, b, c, h_ue, h_uo, h_le, h_lo, alpha, norm_eps, MAP)
         store_pairs(p_dq, row, m_token, dq_even, dq_odd, o_pair, D)
         if MAP >= POLA:
@@ -368,26 +375,21 @@ def grad_keys(
         at = at * kv_heads + kv
         row = (batch * N + begin + token) * kv_heads + kv
         end = tl.minimum((tile * BT // PART + 1) * PART, length) if CAUSAL else tile * BT
-        x_ue, x_uo, x_le, x_lo = load_sums(p_dz + at * (2 * D), o_pair, D)
-        z_ue = tl.zeros([BT, HD], tl.float32) + x_ue[None, :]
-        z_uo = tl.zeros([BT, HD], tl.float32) + x_uo[None, :]
-        z_le = tl.zeros([BT, HD], tl.float32) + x_le[None, :]
-        z_lo = tl.zeros([BT, HD], tl.float32) + x_lo[None, :]
         h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
             v = load_values(p_v, begin + token, m_token, s_vn, o_v, DV)
-            x_ue, x_uo, x_le, x_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
-            h_ue = dot(v, tl.trans(x_ue), h_ue, PRECISION)
-            h_uo = dot(v, tl.trans(x_uo), h_uo, PRECISION)
-            h_le = dot(v, tl.trans(x_le), h_le, PRECISION)
-            h_lo = dot(v, tl.trans(x_lo), h_lo, PRECISION)
+            t_ue, t_uo, t_le, t_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
+            h_ue = dot(v, tl.trans(t_ue), h_ue, PRECISION)
+            h_uo = dot(v, tl.trans(t_uo), h_uo, PRECISION)
+            h_le = dot(v, tl.trans(t_le), h_le, PRECISION)
+            h_lo = dot(v, tl.trans(t_lo), h_lo, PRECISION)
             dv = tl.zeros([BT, BV], tl.float32)
-            dv = dot(g_ue, x_ue, dv, PRECISION)
-            dv = dot(g_uo, x_uo, dv, PRECISION)
-            dv = dot(g_le, x_le, dv, PRECISION)
-            dv = dot(g_lo, x_lo, dv, PRECISION)
+            dv = dot(g_ue, t_ue, dv, PRECISION)
+            dv = dot(g_uo, t_uo, dv, PRECISION)
+            dv = dot(g_le, t_le, dv, PRECISION)
+            dv = dot(g_lo, t_lo, dv, PRECISION)
             if CAUSAL:
                 for member in range(0, group):
                     head = kv * group + member
@@ -401,18 +403,11 @@ def grad_keys(
                         )
                         ue, uo, le, lo = query_features(q_even, q_odd, qa, qb, qc, alpha, norm_eps, MAP)
                         allowed = token[:, None] <= query[None, :]  # [keys, queries]
-                        dd = tl.load(p_dd + q_row, mask=m_query, other=0.0)[None, :]
-                        if first == 0 and ROPE != 2:
-                            w = tl.where(allowed, dd, 0.0)
-                            z_ue, z_uo, z_le, z_lo = add_sums(z_ue, z_uo, z_le, z_lo, w, ue, uo, le, lo, PRECISION)
                         if ROPE > 0:
                             sin, cos = load_angles(
                                 p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START
                             )
                             ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
-                        if first == 0 and ROPE == 2:
-                            w = tl.where(allowed, dd, 0.0)
-                            z_ue, z_uo, z_le, z_lo = add_sums(z_ue, z_uo, z_le, z_lo, w, ue, uo, le, lo, PRECISION)
                         d = tl.load(p_d + q_row, mask=m_query, other=1.0)
                         y = gated(
                             p_grad, p_gate + batch * s_gb + head * s_gh, q_row, m_query, s_gn, begin + query, o_v, DV,
@@ -425,13 +420,33 @@ def grad_keys(
                         h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
             m_v = m_token[:, None] & (o_v < DV)[None, :]
             tl.store(p_dv + row[:, None] * DV + o_v[None, :], dv.to(p_dv.dtype.element_ty), mask=m_v)
-        if ROPE == 2:
-            h_ue, h_uo, h_le, h_lo = h_ue + z_ue, h_uo + z_uo, h_le + z_le, h_lo + z_lo
-        if ROPE > 0:
+        # What denominators send to phi_k, as in grad_queries.
+        if ROPE == 1:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
-        if ROPE != 2:
-            h_ue, h_uo, h_le, h_lo = h_ue + z_ue, h_uo + z_uo, h_le + z_le, h_lo + z_lo
+        x_ue, x_uo, x_le, x_lo = load_sums(p_dz + at * (2 * D), o_pair, D)
+        h_ue, h_uo, h_le, h_lo = h_ue + x_ue[None, :], h_uo + x_uo[None, :], h_le + x_le[None, :], h_lo + x_lo[None, :]
+        if CAUSAL:
+            for member in range(0, group):
+                head = kv * group + member
+                qa, qb, qc = load_params(p_params, head, heads, o_pair, D, MAP)
+                for other in range(tile * BT, end, BT):
+                    query = other + tl.arange(0, BT)
+                    m_query = query < length
+                    q_row = ((batch * N + begin + query) * kv_heads + kv) * group + member
+                    q_even, q_odd = load_pairs(
+                        p_q + batch * s_qb + head * s_qh, begin + query, m_query, s_qn, o_pair, D
+                    )
+                    ue, uo, le, lo = query_features(q_even, q_odd, qa, qb, qc, alpha, norm_eps, MAP)
+                    if ROPE == 2:
+                        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START)
+                        ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
+                    dd = tl.load(p_dd + q_row, mask=m_query, other=0.0)[None, :]
+                    w = tl.where(token[:, None] <= query[None, :], dd, 0.0)
+                    h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
+        if ROPE == 2:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
         dk_even, dk_odd, x, y_ = key_gradient(
             even, odd, a, b, h_ue, h_uo, h_le, h_lo, key_power, alpha, norm_eps, MAP, CUBE
         )

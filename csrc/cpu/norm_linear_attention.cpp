@@ -183,12 +183,9 @@ void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, cons
             add_scaled(running, plain_k + t * key.ld, T(1), key.ld);
             d[t] = inner(plain + t * key.ld, running, key.ld) + effective_eps(x, sequence, at + t, 0);
           }
-          product(query.g, key.ld, 1, columns, kNlaTile, n, rows, padded<T>(n), weights, kNlaTile, false);
-          for (std::int64_t t = 0; t < n; ++t) {
-            for (std::int64_t j = t + 1; j < n; ++j) weights[t * kNlaTile + j] = T(0);
-          }
           product(query.g, key.ld, 1, state, vp, n, rows, vp, out, vp, false);
-          product(weights, kNlaTile, 1, v, vp, n, n, vp, out, vp, true);
+          lower_product(query.g, key.ld, columns, n, rows, weights);
+          lower_apply(weights, v, vp, n, vp, out, vp);
           finish_rows(x, span, at, n, head, d, out, vp, gate, o);
         }
         product(key.g, 1, key.ld, v, vp, rows, n, vp, state, vp, true);

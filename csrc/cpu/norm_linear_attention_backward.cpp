@@ -103,37 +103,34 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
           if (gated) transpose(key.g, ld, n, rows, columns, kNlaTile);
         }
         const T* const plain_k = x.rope_both ? key.g : key.f;
-        for (std::int64_t t = 0; t < n; ++t) {
+        for (std::int64_t t = 0; t < n && x.causal; ++t) {
           T* const row = cum + t * ld;
-          std::memcpy(row, t > 0 && x.causal ? row - ld : sums, sizeof(T) * ld);
-          if (x.causal) add_scaled(row, plain_k + t * ld, T(1), ld);
+          std::memcpy(row, t > 0 ? row - ld : sums, sizeof(T) * ld);
+          add_scaled(row, plain_k + t * ld, T(1), ld);
         }
+        // z of each row.
+        const T* const z_rows = x.causal ? cum : sums;
+        const std::int64_t z_ld = x.causal ? ld : 0;
         for (std::int64_t member = 0; member < group; ++member) {
           const std::int64_t head = kv * group + member;
           query.make(x, x.q, span, sequence, at, n, head, true);
           const T* const plain = x.rope_both ? query.g : query.f;
           load_gradient(x, grad, span, at, n, head, y, vp, gate);
           for (std::int64_t t = 0; t < n; ++t) {
-            d[t] = inner(plain + t * ld, cum + t * ld, ld) + effective_eps(x, sequence, at + t, keys);
+            d[t] = inner(plain + t * ld, z_rows + t * z_ld, ld) + effective_eps(x, sequence, at + t, keys);
             const T factor = T(1) / d[t];
             for (std::int64_t c = 0; c < vp; c += kLanes<T>) store_vec(y + t * vp + c, load_vec(y + t * vp + c) * factor);
           }
           product(y, vp, 1, turned, ld, n, x.v_dim, wide, df, ld, false);
           if (x.causal) {
-            product(y, vp, 1, v_columns, kNlaTile, n, x.v_dim, padded<T>(n), weights, kNlaTile, false);
-            for (std::int64_t t = 0; t < n; ++t) {
-              for (std::int64_t j = t + 1; j < n; ++j) weights[t * kNlaTile + j] = T(0);
-            }
-            product(weights, kNlaTile, 1, key.g, ld, n, n, wide, df, ld, true);
+            lower_product(y, vp, v_columns, n, x.v_dim, weights);
+            lower_apply(weights, key.g, ld, n, wide, df, ld);
           }
           if (gated) {
             product(query.g, ld, 1, state, vp, n, rows, vp, o, vp, false);
             if (x.causal) {
-              product(query.g, ld, 1, columns, kNlaTile, n, rows, padded<T>(n), weights, kNlaTile, false);
-              for (std::int64_t t = 0; t < n; ++t) {
-                for (std::int64_t j = t + 1; j < n; ++j) weights[t * kNlaTile + j] = T(0);
-              }
-              product(weights, kNlaTile, 1, v, vp, n, n, vp, o, vp, true);
+              lower_product(query.g, ld, columns, n, rows, weights);
+              lower_apply(weights, v, vp, n, vp, o, vp);
             }
           }
           const Head<T> h = head_of(x, head, true, query.power);
@@ -151,7 +148,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
               write_row(o + t * vp, x.v_dim, dgate, x.dtype, row * x.v_dim);
             }
             add_scaled(dz_sum, plain + t * ld, dd, ld);
-            unrotate(x, query, sequence, at + t, df + t * ld, cum + t * ld, dd, line);
+            unrotate(x, query, sequence, at + t, df + t * ld, z_rows + t * z_ld, dd, line);
             query_gradient(h, query.x + t * query.dp, query.w + t * query.dp, query.l + t * query.dp, df + t * ld, line,
                            own + member * width);
             write_row(line, x.dim, dq, x.dtype, row * x.dim);
@@ -192,7 +189,6 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
     T* const dv_rows = room.template take<T>(kNlaTile * vp);
     T* const v_columns = room.template take<T>(x.v_dim * kNlaTile);
     T* const weights = room.template take<T>(kNlaTile * kNlaTile);
-    T* const slopes = room.template take<T>(kNlaTile * kNlaTile);
     T* const sums = room.template take<T>(ld);
     T* const running = room.template take<T>(ld);
     T* const line = room.template take<T>(ld);
@@ -222,8 +218,10 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
                   x.v_dim, v, vp);
         product(v, vp, 1, turned, ld, n, x.v_dim, wide, df, ld, false);
         product(key.g, ld, 1, state, vp, n, rows, vp, dv_rows, vp, false);
-        for (std::int64_t t = 0; t < n; ++t) std::memcpy(cum + t * ld, sums, sizeof(T) * ld);
+        const T* const z_rows = x.causal ? cum : sums;
+        const std::int64_t z_ld = x.causal ? ld : 0;
         if (x.causal) {
+          for (std::int64_t t = 0; t < n; ++t) std::memcpy(cum + t * ld, sums, sizeof(T) * ld);
           transpose(v, vp, n, x.v_dim, v_columns, kNlaTile);
           transpose(key.g, ld, n, rows, columns, kNlaTile);
           for (std::int64_t member = 0; member < group; ++member) {
@@ -239,13 +237,10 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
               add_scaled(running, plain + t * ld, dd_[row + t * x.q_heads], ld);
               add_scaled(cum + t * ld, running, T(1), ld);
             }
-            product(query.g, ld, 1, columns, kNlaTile, n, rows, padded<T>(n), weights, kNlaTile, false);
-            product(y, vp, 1, v_columns, kNlaTile, n, x.v_dim, padded<T>(n), slopes, kNlaTile, false);
-            for (std::int64_t t = 0; t < n; ++t) {
-              for (std::int64_t j = t + 1; j < n; ++j) weights[t * kNlaTile + j] = slopes[t * kNlaTile + j] = T(0);
-            }
-            product(weights, 1, kNlaTile, y, vp, n, n, vp, dv_rows, vp, true);
-            product(slopes, 1, kNlaTile, query.g, ld, n, n, wide, df, ld, true);
+            lower_product(query.g, ld, columns, n, rows, weights);
+            upper_apply(weights, y, vp, n, vp, dv_rows, vp);
+            lower_product(y, vp, v_columns, n, x.v_dim, weights);
+            upper_apply(weights, query.g, ld, n, wide, df, ld);
             product(query.g, 1, ld, y, vp, rows, n, vp, state, vp, true);
             add_scaled(sums, running, T(1), ld);
           }
@@ -254,7 +249,7 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
         for (std::int64_t t = 0; t < n; ++t) {
           const std::int64_t row = (span.batch * x.keys + span.begin + at + t) * x.kv_heads + kv;
           write_row(dv_rows + t * vp, x.v_dim, dv, x.dtype, row * x.v_dim);
-          unrotate(x, key, sequence, at + t, df + t * ld, cum + t * ld, T(1), line);
+          unrotate(x, key, sequence, at + t, df + t * ld, z_rows + t * z_ld, T(1), line);
           key_gradient(h, key.x + t * key.dp, key.w + t * key.dp, df + t * ld, line, own);
           write_row(line, x.dim, dk, x.dtype, row * x.dim);
         }

@@ -31,9 +31,22 @@ inline Vec<T> absolute(const Vec<T>& x) {
   return x < T(0) ? -x : x;
 }
 
+// Sum of the lanes, by halves.
 template <class T>
 inline T total(const Vec<T>& v) {
-  return static_cast<T>(sum_lanes<T>(v));
+  typedef T Half __attribute__((vector_size(32)));
+  typedef T Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(half));
+  const Quarter quarter = quarters[0] + quarters[1];
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return quarter[0] + quarter[1];
+  } else {
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  }
 }
 
 // log2 x, 0 for x = 0.

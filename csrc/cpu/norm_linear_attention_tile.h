@@ -64,6 +64,39 @@ inline void product(const T* a, std::int64_t ra, std::int64_t ka, const T* b, st
   if (j < width) product_columns<1>(a, ra, ka, b + j, ldb, rows, depth, c + j, ldc, add);
 }
 
+// Lower triangles [n][kNlaTile] of what tokens of a tile do to each other, in bands of rows.
+constexpr std::int64_t kBand = 24;
+
+// w[t][j] = sum_k a[t lda + k] b[k kNlaTile + j] for j <= t, zeros up to the end of the band.
+template <class T>
+inline void lower_product(const T* a, std::int64_t lda, const T* b, std::int64_t n, std::int64_t depth, T* w) {
+  for (std::int64_t r = 0; r < n; r += kBand) {
+    const std::int64_t end = r + kBand < n ? r + kBand : n;
+    product(a + r * lda, lda, 1, b, kNlaTile, end - r, depth, padded<T>(end), w + r * kNlaTile, kNlaTile, false);
+    for (std::int64_t t = r; t < end; ++t) {
+      for (std::int64_t j = t + 1; j < end; ++j) w[t * kNlaTile + j] = T(0);
+    }
+  }
+}
+
+// c[t] += sum_j w[t][j] b[j], rows of `width`.
+template <class T>
+inline void lower_apply(const T* w, const T* b, std::int64_t ldb, std::int64_t n, std::int64_t width, T* c, std::int64_t ldc) {
+  for (std::int64_t r = 0; r < n; r += kBand) {
+    const std::int64_t end = r + kBand < n ? r + kBand : n;
+    product(w + r * kNlaTile, kNlaTile, 1, b, ldb, end - r, end, width, c + r * ldc, ldc, true);
+  }
+}
+
+// c[j] += sum_t w[t][j] b[t].
+template <class T>
+inline void upper_apply(const T* w, const T* b, std::int64_t ldb, std::int64_t n, std::int64_t width, T* c, std::int64_t ldc) {
+  for (std::int64_t r = 0; r < n; r += kBand) {
+    const std::int64_t end = r + kBand < n ? r + kBand : n;
+    product(w + r * kNlaTile + r, 1, kNlaTile, b + r * ldb, ldb, end - r, n - r, width, c + r * ldc, ldc, true);
+  }
+}
+
 // to [columns][ldt] from x [rows][ldx]; what is left of whole vectors of `to` becomes zeros.
 template <class T>
 inline void transpose(const T* x, std::int64_t ldx, std::int64_t rows, std::int64_t columns, T* to, std::int64_t ldt) {

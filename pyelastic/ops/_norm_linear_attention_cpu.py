@@ -15,9 +15,9 @@ from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
 
 TILE = 64
-# Tokens of a part, and heads of all sequences from which on a causal sequence is one part: fixed, so that no bit depends
-# on the number of threads.
-PART, SERIAL_HEADS = 512, 16
+# Tokens of a part, and heads of all sequences from which on a causal sequence is one part: fixed, so that no bit
+# depends on the number of threads.
+PART, SERIAL_HEADS = 256, 16
 Pair = tuple[Tensor, Tensor]
 
 
