@@ -22,6 +22,7 @@ MATRIX = ("accumulate_tile", "gradient_tile", "gemm", "triton forward", "triton 
 MATRIX += ("project_mma", "apply_mma", "triton fira project", "triton fira apply", "triton fira moments gram")
 MATRIX += ("maxsim forward", "maxsim smooth_", "maxsim grad_documents")
 MATRIX += ("cuda sweep<Mma",)
+MATRIX += tuple(f"norm_linear_attention {stem}" for stem in ("state", "forward", "grad_"))
 
 
 @functools.cache

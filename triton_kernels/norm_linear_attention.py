@@ -18,11 +18,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Width of the head up to -> (tokens of a tile, num_warps). Chosen by compiling without spills for sm_80, sm_90 and
-# sm_100 (tests/test_kernel_budget.py); not yet measured on a GPU.
-NORM_LINEAR_ATTENTION_CONFIGS = {32: (64, 4), 64: (64, 8), 128: (32, 8)}
+# (operand bits, width of the head up to) -> (tokens of a tile, columns of the values at a time), of the forward pass
+# and of the backward pass; 8 warps. Chosen by compiling for sm_80, sm_90 and sm_100 (tests/test_kernel_budget.py, which
+# names what spills); not yet measured on a GPU.
+NORM_LINEAR_ATTENTION_CONFIGS = {
+    (16, 32): ((32, 32), (16, 32)),
+    (16, 64): ((32, 64), (16, 32)),
+    (16, 128): ((16, 64), (16, 32)),
+    (32, 32): ((16, 32), (16, 32)),
+    (32, 64): ((16, 32), (16, 32)),
+    (32, 128): ((16, 32), (16, 32)),
+}
+WARPS = 8
 CHUNK = 128  # tokens of a part in the causal form
-BLOCK_V = 64  # columns of the values at a time
 SCAN_BLOCK = 1024
 SIZES = ("N", "parts", "tiles", "first_tile", "group", "width", "key_power", "alpha", "eps", "norm_eps")
 QUARTER = tl.constexpr(0.7853981633974483)
@@ -100,7 +108,7 @@ def load_params(p_params, head, heads, o_pair, D: tl.constexpr, MAP: tl.constexp
     else:
         a = tl.load(p_params + head)
         b = tl.load(p_params + heads + head)
-        c = tl.load(p_params + 2 * heads + head)
+        c = tl.load(p_params + heads + heads + head)
     return a, b, c
 
 
@@ -259,7 +267,7 @@ def state(
     """Sums over the tokens of one part. ROPE: 0 none, 1 in S, 2 in S and z."""
     slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, part, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, parts, N, PACKED)
-    o_pair, o_v = tl.arange(0, HD), tl.program_id(2) * BV + tl.arange(0, BV)
+    o_pair, o_v = tl.arange(0, HD).to(tl.int64), tl.program_id(2).to(tl.int64) * BV + tl.arange(0, BV)
     a, b, _ = load_params(p_params, head, heads, o_pair, D, MAP)
     p_k += batch * s_kb + head * s_kh
     p_v += batch * s_vb + head * s_vh
@@ -378,7 +386,7 @@ def forward(
     head = tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, tl.program_id(0), tiles, N, PACKED)
     kv, kv_heads = head // group, heads // group
-    o_pair, o_v = tl.arange(0, HD), tl.program_id(2) * BV + tl.arange(0, BV)
+    o_pair, o_v = tl.arange(0, HD).to(tl.int64), tl.program_id(2).to(tl.int64) * BV + tl.arange(0, BV)
     token = tile * BT + tl.arange(0, BT)
     m_token = token < length
     a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)

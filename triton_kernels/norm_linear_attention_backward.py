@@ -173,7 +173,7 @@ def grad_queries(
     slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
     kv, kv_heads = head // group, heads // group
-    o_pair = tl.arange(0, HD)
+    o_pair = tl.arange(0, HD).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
     m_token = token < length
     a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
@@ -300,7 +300,7 @@ def grad_state(
     """Sums over the queries of one part of a sequence."""
     slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, part, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, parts, N, PACKED)
-    o_pair, o_v = tl.arange(0, HD), tl.program_id(2) * BV + tl.arange(0, BV)
+    o_pair, o_v = tl.arange(0, HD).to(tl.int64), tl.program_id(2).to(tl.int64) * BV + tl.arange(0, BV)
     a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
     p_q += batch * s_qb + head * s_qh
     p_gate += batch * s_gb + head * s_gh
@@ -357,7 +357,7 @@ def grad_keys(
     slot, kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
     kv_heads = heads // group
-    o_pair = tl.arange(0, HD)
+    o_pair = tl.arange(0, HD).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
     m_token = token < length
     a, b, _ = load_params(p_params, kv, heads, o_pair, D, MAP)

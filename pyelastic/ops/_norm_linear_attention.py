@@ -86,6 +86,11 @@ class Inputs(NamedTuple):
     def output_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
 
+    def detached(self) -> Inputs:
+        """The same without gradients."""
+        plain: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in self]
+        return Inputs(*plain)
+
     def readable(self) -> Inputs:
         """The same with the last dimension of each tensor contiguous and small tensors contiguous: kernels' terms."""
         names = ("params", "sin", "cos", "start", "cu_seqlens", "s0", "z0", "count0")

@@ -25,7 +25,7 @@ class _Problem:
     """A call's tensors as the kernels take them."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.x = x = Inputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs)).readable()
+        self.x = x = inputs.detached().readable()
         self.suffix = "_f64" if x.dtype == torch.float64 else "_f32"
         self.extension = _extension.load()
         self.threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyelastic.eager.norm_linear_attention import MALA
-from pyelastic.ops._norm_linear_attention import Inputs, last_contiguous
+from pyelastic.ops._norm_linear_attention import Inputs
 
 WIDEST = 128  # of d and dv
 SPLITS = 16  # parts a long bidirectional sequence is summed in at most: an estimate, not measured
@@ -43,18 +43,20 @@ def _guard(device: torch.device) -> AbstractContextManager[Any]:
 class _Problem:
     """A call's tensors as the kernels take them, and their configurations."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, backward: bool = False) -> None:
         import triton
 
-        self.x = x = inputs._replace(**{n: t.detach() for n, t in zip("qkv", inputs[:3], strict=True)}).readable()
+        self.x = x = inputs.detached().readable()
         self.forward_kernels, self.backward_kernels = _kernels()
         self.device, self.none = x.q.device, torch.empty(1, dtype=torch.int64, device=x.q.device)
         self.batch, self.n, self.heads, self.d = x.q.shape
         self.m, self.kv_heads, self.dv = x.k.shape[1], x.k.shape[2], x.v.shape[3]
         self.packed = x.cu_seqlens is not None
         self.gate = x.q if x.gate is None else x.gate
-        configs = self.forward_kernels.NORM_LINEAR_ATTENTION_CONFIGS
-        self.tile, self.warps = next(configs[width] for width in sorted(configs) if self.d <= width)
+        bits = 16 if x.q.dtype == torch.bfloat16 else 32
+        table = self.forward_kernels.NORM_LINEAR_ATTENTION_CONFIGS
+        width = min(w for b, w in table if b == bits and self.d <= w)
+        self.tile, block_v = table[bits, width][1 if backward else 0]
         # One part of all tokens where there are few of them, or many heads to keep a GPU busy.
         longest = max(self.n, self.m, 1)
         self.part = self.forward_kernels.CHUNK
@@ -65,9 +67,9 @@ class _Problem:
         precision = "bf16" if x.q.dtype == torch.bfloat16 else "tf32x3"
         self.common = {
             "D": self.d, "DV": self.dv, "HD": max(16, triton.next_power_of_2((self.d + 1) // 2)),
-            "BV": max(16, min(self.forward_kernels.BLOCK_V, triton.next_power_of_2(self.dv))), "BT": self.tile,
+            "BV": max(16, min(block_v, triton.next_power_of_2(self.dv))), "BT": self.tile,
             "PART": self.part, "MAP": x.map, "ROPE": rope, "PACKED": self.packed, "HAS_START": x.start is not None,
-            "PRECISION": precision, "num_warps": self.warps, "num_stages": 1,
+            "PRECISION": precision, "num_warps": self.forward_kernels.WARPS, "num_stages": 1,
         }  # fmt: skip
         self.cube = {"CUBE": x.key_power == 3.0}
         self.cdiv = triton.cdiv
@@ -104,10 +106,10 @@ class _Problem:
         each = self.cdiv(tokens, self.part)
         for part, start, shape in zip(parts, initial, self.x.state_shapes(), strict=True):
             out = self.empty(*shape)
-            width, block = shape[2:].numel() if isinstance(shape, torch.Size) else 1, 0
-            width = out[0, 0].numel() if out.numel() else 0
             block = self.forward_kernels.SCAN_BLOCK
+            start = None if start is None else start.contiguous()
             if out.numel():
+                width = out[0, 0].numel()
                 self.forward_kernels.scan[(shape[0], shape[1], self.cdiv(width, block))](
                     part, self.tensor(start), out, self.tensor(self.x.cu_seqlens), tokens, each, shape[1], width,
                     PART=self.part, EXCLUSIVE=self.x.causal, REVERSE=reverse, HAS_INITIAL=start is not None,
@@ -182,8 +184,7 @@ class _Problem:
             )  # fmt: skip
         if group > 1:
             parts = tuple(t.unflatten(1, (self.kv_heads, group)).sum(2) for t in parts)
-        initial = tuple(None if t is None else t.contiguous() for t in (grad_s, grad_z))
-        ds, dz = self.scan(parts, initial, self.n, True)
+        ds, dz = self.scan(parts, (grad_s, grad_z), self.n, True)
         after = parts if x.causal else (ds, dz)
         count, tiles, sequence, place = self.programs(self.m, self.tile)
         dpowers = torch.zeros(count if x.pola else 0, self.kv_heads, self.d, device=self.device)
@@ -208,7 +209,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The raw op ``norm_linear_attention_bwd.triton``."""
     *inputs, s, z, grad, grad_s, grad_z, needs = arguments
     with _guard(grad.device):
-        made = _Problem(Inputs(*inputs)).backward(s, z, grad, grad_s, grad_z)
+        made = _Problem(Inputs(*inputs), True).backward(s, z, grad, grad_s, grad_z)
     # The order of `needs` is that of the raw op's results.
     return tuple(x if need else x.new_empty(0, dtype=inputs[0].dtype) for x, need in zip(made, needs, strict=True))
 
@@ -222,5 +223,3 @@ def advance(inputs: Inputs) -> Tensor:
     inputs.z0.copy_(z)
     return o
 
-
-__all__ = ["advance", "backward", "forward", "last_contiguous", "why_not"]
