@@ -60,12 +60,12 @@ class SoftmaxAttention(NormAwareLinearAttention):
     """The same block with softmax attention, RoPE on q and k: NaLaFormer's stages 3 and 4."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        q, k = (_rotate(x.transpose(1, 2), *tables) for x in (q, k))
+        q, k = (rotate(x.transpose(1, 2), *tables) for x in (q, k))
         return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
 
 
-def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """x [B, H, N, d] by the angles of sin, cos [N, d] or [N, d / 2]; pairs are (2j, 2j + 1)."""
+def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """RoPE: x [B, H, N, d] by the angles of sin, cos [N, d] or [N, d / 2]; pairs are (2j, 2j + 1)."""
     step = 2 * sin.shape[-1] // x.shape[-1]
     s, c = (t[:, ::step].to(x.dtype) for t in (sin, cos))
     a, b = x[..., 0::2], x[..., 1::2]
