@@ -87,4 +87,5 @@ def test_attention_entropy_shows_the_claim(tmp_path, monkeypatch, capsys):
         assert large[name] < small[name] - 0.2
     monkeypatch.setattr("sys.argv", ["attention_entropy", "--out", str(tmp_path / "plot.svg")])
     example.main()
-    assert "entropy of the attention weights" in capsys.readouterr().out and (tmp_path / "plot.svg").stat().st_size > 9999
+    assert "entropy of the attention weights" in capsys.readouterr().out
+    assert (tmp_path / "plot.svg").stat().st_size > 9999
