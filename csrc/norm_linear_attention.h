@@ -98,4 +98,40 @@ PYELASTIC_DECLARE(avx2)
 PYELASTIC_DECLARE(avx512)
 #undef PYELASTIC_DECLARE
 
+// CUDA: float32 throughout, widths up to kNlaWidest. All pointers are the device's; asynchronous on `stream`.
+namespace cuda {
+
+constexpr std::int64_t kNlaTokens = 16;   // of a tile
+constexpr std::int64_t kNlaWidest = 128;  // dim and v_dim
+
+// How blocks divide the sequences into pieces (tiles or parts): `count` of them in all and `each` per sequence; packed:
+// the sequence of each and its place in it.
+struct NlaSlots {
+  std::int64_t count, each;
+  const std::int64_t *sequence, *place;
+};
+
+// Sums over each part of `part` tokens: s [parts, kv_heads, rows, v_dim], z [parts, kv_heads, features].
+void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream);
+// As NlaKernels::scan, of `tokens` per sequence in parts of `part`, `each` of them.
+void nla_scan(const NormLinearAttention<float>& x, std::int64_t tokens, std::int64_t part, std::int64_t each,
+              std::int64_t width, const float* initial, bool exclusive, bool reverse, float* parts, float* total,
+              void* stream);
+// s, z: of the whole, or causal, before each part; each: parts of a sequence.
+void nla_forward(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
+                 const float* z, void* o, void* stream);
+// d, dd [batch * queries, q_heads]; dparams [tiles, q_heads, 3], pola [tiles, q_heads, dim].
+void nla_queries(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
+                 const float* z, const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams,
+                 void* stream);
+// Sums over the queries of each part: ds [parts, q_heads, rows, v_dim], dz [parts, q_heads, features].
+void nla_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const void* grad,
+                    const float* d, const float* dd, float* ds, float* dz, void* stream);
+// ds, dz: of the whole, or causal, after each part; dparams, pola: [tiles, kv_heads, dim].
+void nla_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad,
+              const float* d, const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams,
+              void* stream);
+
+}  // namespace cuda
+
 }  // namespace pyelastic

@@ -47,7 +47,7 @@ def requests() -> dict[str, dict[str, Any]]:
             for causal in (False, True):
                 constants = {
                     "D": width, "DV": width, "HD": max(16, width // 2), "BV": min(read[1], width), "BT": read[0],
-                    "PART": forward.CHUNK, "MAP": 0, "CUBE": True, "ROPE": 1, "PACKED": causal, "HAS_START": causal,
+                    "PART": 128, "MAP": 0, "CUBE": True, "ROPE": 1, "PACKED": causal, "HAS_START": causal,
                     "HAS_COUNT": True, "HAS_GATE": True, "CAUSAL": causal, "MEAN": True, "PRECISION": precision,
                 }  # fmt: skip
                 later = constants | {"BV": min(back[1], width), "BT": back[0]}

@@ -3,14 +3,14 @@
 Algorithm. Features never reach memory: every kernel makes them from q or k in registers. A feature vector is four tiles
 of half the head's width, the even and the odd channels of its two halves, so that RoPE is elementwise; nothing is
 concatenated. `state` sums phi_k v^T over the tokens of a part of a sequence, `scan` adds parts up in their order, and
-`forward` reads the sum. In the causal form a part is CHUNK tokens, `scan` leaves the state before each part, and
+`forward` reads the sum. In the causal form a part is 128 tokens, `scan` leaves the state before each part, and
 `forward` adds the tokens of the part up to its own by their weights: no state is carried in registers, and the grid has
 one program for each tile of tokens. Sums are float32, addresses int64; token counts are runtime values.
 
 Products. PRECISION "bf16": operands rounded to bfloat16 (bfloat16 inputs); "tf32x3": float32 as three products, also
 for float16 inputs: cubes of their keys leave its range.
 
-Bytes moved: q, k, v read once, o written once; states of 4 R dv bytes per part, causal one per CHUNK tokens.
+Bytes moved: q, k, v read once, o written once; states of 4 R dv bytes per part, causal one per 128 tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ NORM_LINEAR_ATTENTION_CONFIGS = {
     (32, 128): ((16, 32), (16, 32)),
 }
 WARPS = 8
-CHUNK = 128  # tokens of a part in the causal form
 SCAN_BLOCK = 1024
 SIZES = ("N", "parts", "tiles", "first_tile", "group", "width", "key_power", "alpha", "eps", "norm_eps")
 QUARTER = tl.constexpr(0.7853981633974483)

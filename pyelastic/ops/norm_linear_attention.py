@@ -24,6 +24,7 @@ backward: the inputs, S and z. Features never reach memory. Source: Meng et al.,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from pyelastic import _dispatch, _errors, _extension, _library
 from pyelastic.eager import norm_linear_attention as eager
 from pyelastic.ops import _norm_linear_attention_cpu as cpu
+from pyelastic.ops import _norm_linear_attention_cuda as cuda
 from pyelastic.ops import _norm_linear_attention_triton as triton
 from pyelastic.ops import _triton
 from pyelastic.ops._norm_linear_attention import Inputs
@@ -219,7 +221,7 @@ def _fake_step(*arguments: Any) -> Tensor:
 
 # A launcher has forward and backward, as the schemas, and advance(inputs) -> o, a causal forward that leaves the state
 # after its tokens in inputs.s0 and inputs.z0.
-LAUNCHERS: dict[str, Any] = {"cpu": cpu, "triton": triton}
+LAUNCHERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 
 def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
@@ -331,9 +333,19 @@ def _cpu_why_not(call: Call) -> str | None:
     return _extension.why_not()
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    missing = _dispatch.unsupported_dtype(call, DTYPES[:3]) or cuda.why_not(call.dim, call.v_dim, call.map)
+    return missing or _extension.cuda_why_not(str(call.device))
+
+
 def _triton_why_not(call: Call) -> str | None:
     missing = _dispatch.unsupported_dtype(call, DTYPES[:3]) or triton.why_not(call.dim, call.v_dim, call.map)
     return missing or _triton.why_not(str(call.device), "q", OP, "forward")
+
+
+def _order(call: Call) -> Sequence[str]:
+    """Triton first on GPUs: its products run on the matrix units, those of the CUDA kernels do not. Not measured."""
+    return ("triton", "cuda", "eager") if call.device.type == "cuda" else _dispatch.default_order(call)
 
 
 _ALL = ("float16", "bfloat16", "float32", "float64")
@@ -341,7 +353,14 @@ _DIRECTIONS = ("forward", "backward", "step")
 
 _dispatch.register(
     OP,
-    _dispatch.not_implemented("cuda", "being written"),
+    _dispatch.Backend(
+        "cuda",
+        _runner("cuda"),  # type: ignore[arg-type]
+        _cuda_why_not,
+        _ALL[:3],
+        _DIRECTIONS,
+        label="emulated; not yet run on a GPU",
+    ),
     _dispatch.Backend(
         "triton",
         _runner("triton"),  # type: ignore[arg-type]
@@ -367,4 +386,5 @@ _dispatch.register(
         label="reference",
     ),
     make_call=_make_call,
+    order=_order,
 )
