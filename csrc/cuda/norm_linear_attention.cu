@@ -12,8 +12,8 @@ namespace cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    state_kernel(Problem x, NlaSlots parts, std::int64_t part, float* s /* [parts, Hk, 2 d, dv] */,
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_state_kernel(Problem x, NlaSlots parts, std::int64_t part, float* s /* [parts, Hk, 2 d, dv] */,
                  float* z /* [parts, Hk, 2 d] */) {
   DYN_SHARED(float, shared);
   float* room = shared;
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = threadIdx.x; r < rows; r += kThreads) z[slot * rows + r] = z_sum[r];
 }
 
-__global__ void __launch_bounds__(kThreads)
-    scan_kernel(Problem x, std::int64_t tokens, std::int64_t part, std::int64_t each, std::int64_t width,
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_scan_kernel(Problem x, std::int64_t tokens, std::int64_t part, std::int64_t each, std::int64_t width,
                 const float* initial, bool exclusive, bool reverse, float* parts, float* total) {
   const std::int64_t sequence = blockIdx.x, head = blockIdx.y;
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.z) * kThreads + threadIdx.x;
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z, T* o) {
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z, T* o) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -142,7 +142,7 @@ void nla_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s, fl
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.kv_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, s, z);
+    LAUNCH((nla_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, s, z);
   });
 }
 
@@ -151,7 +151,7 @@ void nla_scan(const Problem& x, std::int64_t tokens, std::int64_t part, std::int
   if (x.sequences == 0 || width == 0) return;
   const dim3 grid(static_cast<unsigned>(x.sequences), static_cast<unsigned>(x.kv_heads),
                   static_cast<unsigned>((width + kThreads - 1) / kThreads));
-  LAUNCH((scan_kernel), grid, kThreads, 0, stream, x, tokens, part, each, width, initial, exclusive, reverse, parts, total);
+  LAUNCH((nla_scan_kernel), grid, kThreads, 0, stream, x, tokens, part, each, width, initial, exclusive, reverse, parts, total);
 }
 
 void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
@@ -161,7 +161,7 @@ void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z, static_cast<T*>(o));
+    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z, static_cast<T*>(o));
   });
 }
 

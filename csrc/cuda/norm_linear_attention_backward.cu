@@ -47,8 +47,8 @@ __device__ __forceinline__ float magnitude(const Problem& q, const Tile& tile, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    queries_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_queries_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
                    const T* grad, T* dq, T* dgate, float* d_out, float* dd_out, float* dparams) {
   DYN_SHARED(float, shared);
   float* room = shared;
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const T* grad, const float* d_in, const float* dd_in,
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const T* grad, const float* d_in, const float* dd_in,
                       float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
   DYN_SHARED(float, shared);
   float* room = shared;
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    keys_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const T* grad, const float* d_in,
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_keys_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const T* grad, const float* d_in,
                 const float* dd_in, const float* ds, const float* dz, T* dk, T* dv, float* dparams) {
   DYN_SHARED(float, shared);
   float* room = shared;
@@ -400,7 +400,7 @@ void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((queries_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, s, z,
+    LAUNCH((nla_queries_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, s, z,
            static_cast<const T*>(grad), static_cast<T*>(dq), static_cast<T*>(dgate), d, dd, dparams);
   });
 }
@@ -414,7 +414,7 @@ void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const v
   const std::size_t shared = sizeof(float) * (tile + kTile * kColumns + 2 * dim * (kColumns + 1) + 2 * kTile);
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd, ds,
+    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd, ds,
            dz);
   });
 }
@@ -425,7 +425,7 @@ void nla_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t 
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((keys_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, static_cast<const T*>(grad), d,
+    LAUNCH((nla_keys_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, static_cast<const T*>(grad), d,
            dd, ds, dz, static_cast<T*>(dk), static_cast<T*>(dv), dparams);
   });
 }

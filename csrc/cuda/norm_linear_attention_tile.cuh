@@ -9,6 +9,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
+// Kernels are bounded to three blocks of a multiprocessor (168 registers): left alone, ptxas stops at 64 to 128 and spills.
 constexpr int kTile = 16;     // tokens
 constexpr int kColumns = 32;  // of the values, at a time
 constexpr float kQuarter = 0.78539816f, kLn2 = 0.69314718f;

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyelastic import _errors
 from pyelastic.eager.norm_linear_attention import MALA, POLA, POLA_OPPOSITE, statistics_dtype
 from pyelastic.ops import _norm_linear_attention_checks as checks
-from pyelastic.ops.norm_linear_attention import Inputs, attend
+from pyelastic.ops._norm_linear_attention import Inputs
+from pyelastic.ops.norm_linear_attention import attend
 
 
 def _inputs(
