@@ -24,9 +24,10 @@ from benchmarks.harness import Variant, compiled
 OP = "norm_linear_attention"
 OURS = ("pyelastic cuda", "pyelastic triton", "pyelastic cpu", "pyelastic eager")
 HEADS, CHUNK, EPS = 2, 64, 1e-6
-# Relative RMS error admitted. float32, measured: 1e-6, of the compiled form 2e-6. bfloat16: results and gradients are
-# rounded to it; eager code that computes in it is off by 8e-3.
-FLOAT32, BFLOAT16 = 1e-5, 5e-3
+# Relative RMS error admitted. float32, measured: 1e-6 bidirectional; causal, where the first denominators are small,
+# 1.8e-5 of dq at 8,192 tokens (chunked torch: 1.2e-5). bfloat16: results and gradients are rounded to it; eager code
+# that computes in it is off by 8e-3.
+FLOAT32, CAUSAL, BFLOAT16 = 1e-5, 5e-5, 5e-3
 Attention = Callable[..., Tensor]
 
 
@@ -165,13 +166,14 @@ def variants(case: Case, device: str) -> dict[str, Variant]:
     """Ours first; peers only where they are installed."""
     found = {}
     causal = case.kind == "causal"
+    exact = CAUSAL if causal else FLOAT32
     for backend in ("cuda", "triton", "eager") if device == "cuda" else ("cpu", "eager"):
-        found[f"pyelastic {backend}"] = Variant(partial(loss, partial(_ours, backend)), FLOAT32)
+        found[f"pyelastic {backend}"] = Variant(partial(loss, partial(_ours, backend)), exact)
         if backend != "eager":
             found[f"pyelastic {backend}, bf16"] = Variant(partial(loss, partial(_ours, backend)), BFLOAT16, bfloat16)
     formulation, name = (chunked, "chunked torch") if causal else (official, "official")
-    found[name] = Variant(partial(loss, formulation), FLOAT32)
-    found[f"{name}, compiled"] = Variant(partial(loss, compiled(formulation)), FLOAT32)
+    found[name] = Variant(partial(loss, formulation), exact)
+    found[f"{name}, compiled"] = Variant(partial(loss, compiled(formulation)), exact)
     found["SDPA"] = Variant(partial(softmax_loss, causal), FLOAT32, truth=partial(_softmax_truth, causal))
     if causal and device == "cuda" and importlib.util.find_spec("fla"):
         found["flash-linear-attention"] = Variant(partial(loss, _fla), 1e-3)
