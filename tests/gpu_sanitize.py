@@ -61,6 +61,7 @@ def run_cases() -> None:
             y = pyelastic.projection(x, weight, bias, residual=residual, normalize=normalize, backend="cuda")
             y.backward(torch.randn_like(y))
     run_maxsim()
+    run_norm_linear_attention()
     torch.cuda.synchronize()
 
 
@@ -81,6 +82,29 @@ def run_maxsim() -> None:
                 scores = pyelastic.maxsim(q, d, document_mask=mask, normalize=True, backend="cuda", **chosen)
                 scores.sum().backward()
             pyelastic.maxsim(q, pyelastic.quantize_int8(d.detach()), backend="cuda")
+
+
+def run_norm_linear_attention() -> None:
+    """Both forms over more than one part, packed sequences, gate, RoPE, grouped heads, states, each map."""
+    import torch
+
+    import pyelastic
+
+    cu = torch.tensor([0, 130, 130, 140], device="cuda")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for causal in (False, True):
+            q = torch.randn(1, 140, 4, 20, device="cuda", dtype=dtype, requires_grad=True)
+            k = torch.randn(1, 140, 2, 20, device="cuda", dtype=dtype, requires_grad=True)
+            v = torch.randn(1, 140, 2, 35, device="cuda", dtype=dtype, requires_grad=True)
+            gate = torch.randn(1, 140, 4, 35, device="cuda", dtype=dtype, requires_grad=True)
+            for options in ({"rope": "num", "gate": gate}, {"mode": "cos", "cu_seqlens": cu}, {"rope": "both"}):
+                o, state = pyelastic.norm_linear_attention(
+                    q, k, v, causal=causal, output_final_state=True, backend="cuda", **options
+                )
+                (o.float().sum() + state.s.sum()).backward()
+            power = torch.full((2, 20), 2.0, device="cuda", requires_grad=True)
+            o = pyelastic.polaformer_attention(q[:, :, :2], k, v[..., :34], power, causal=causal, backend="cuda")
+            o.float().sum().backward()
 
 
 def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
