@@ -59,10 +59,10 @@ def test_train_retrieval_improves_on_untrained(capsys):
 
 
 def test_train_nalaformer_learns_digits(capsys):
-    results = _load("train_nalaformer").main(["--epochs", "2"])
+    results = _load("train_nalaformer").main(["--epochs", "4"])
     assert "held-out digits" in capsys.readouterr().out
     for (run,) in results.values():
-        assert run["before"] < 0.3 and run["after"] > 0.8
+        assert run["before"] < 0.3 and run["after"] > 0.9  # measured: 0.99 both
     linear, softmax = (run["parameters"] for (run,) in results.values())
     assert linear == softmax
 

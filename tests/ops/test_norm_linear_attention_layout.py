@@ -46,9 +46,10 @@ def lay(x: Tensor, kind: str) -> Tensor:
 
 
 @over_backends
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize(("q", "k", "v", "g"), pairwise(q=KINDS, k=KINDS, v=KINDS, g=KINDS))
-def test_layouts(backend: str, causal: bool, q: str, k: str, v: str, g: str) -> None:
+@pytest.mark.parametrize(
+    ("q", "k", "v", "g", "causal"), pairwise(q=KINDS, k=KINDS, v=KINDS, g=KINDS, causal=(False, True))
+)
+def test_layouts(backend: str, q: str, k: str, v: str, g: str, causal: bool) -> None:
     case = make(2, 7, causal=causal, gate=True, rope="num" if q > k else None)
     assert case.gate is not None
     laid = case.having(q=lay(case.q, q), k=lay(case.k, k), v=lay(case.v, v), gate=lay(case.gate, g))
