@@ -56,6 +56,8 @@ def main() -> None:
     options = _arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log, whose width is not the tables'
     everything = []
     for op in options.op or OPS:
         results = _measure(op, options, console)

@@ -59,6 +59,11 @@ class Case:
         """4 m n r: the projection and the way back."""
         return 4.0 * self.rows * self.columns * self.rank
 
+    def bytes(self) -> float:
+        """G read twice, W read and written, the basis read twice, two moments read and written."""
+        small = 2.0 * min(self.rows, self.columns) + 4.0 * max(self.rows, self.columns)
+        return self.dtype.itemsize * (4.0 * self.rows * self.columns + small * self.rank)
+
     def tiny(self) -> Case:
         return Case(32, 48, 4, self.dtype)
 

@@ -46,6 +46,10 @@ class Case:
         """Of the 6 B C D a step cannot do without; a step that recomputes the cosines does 8 B C D."""
         return 6.0 * self.batch * self.dim * self.classes
 
+    def bytes(self) -> float:
+        """The weight and the embeddings read twice, their gradients written."""
+        return 4.0 * 3 * self.dim * (self.classes + self.batch)
+
     def tiny(self) -> Case:
         return Case(8, self.dim, 64)
 

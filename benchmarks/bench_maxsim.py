@@ -60,6 +60,11 @@ class Case:
         backward = 4.0 * self.pairs * self.lq * self.dim if self.leaves else 0.0
         return 2.0 * self.pairs * self.lq * self.ld * self.dim + backward
 
+    def bytes(self) -> float:
+        """float32 tokens read once; training: twice, and their gradients written. Scores are small."""
+        queries = self.lq * (self.count if self.kind == "train" else 1)
+        return 4.0 * self.dim * (queries + self.count * self.ld) * (3 if self.leaves else 1)
+
     def tiny(self) -> Case:
         return Case(self.kind, 4, self.lq, 8, self.dim)
 

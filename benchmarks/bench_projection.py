@@ -56,6 +56,11 @@ class Case:
         each = 2.0 * self.d_in * self.d_out * (2 if self.kind == "skip" else 1)
         return each * (self.rows + 2 * self.kept)
 
+    def bytes(self) -> float:
+        """x read in each direction, y written, its gradient read, dx written; the weights are small."""
+        forward = self.rows * (self.d_in + self.d_out)
+        return 4.0 * (forward + self.kept * (self.d_in + self.d_out) + self.rows * self.d_in)
+
     def tiny(self) -> Case:
         return Case(self.kind, 40, self.d_in, self.d_out)
 

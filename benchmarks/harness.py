@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class Case(Protocol):
     def id(self) -> str: ...
     def flops(self) -> float:
         """Operations a step (forward, and backward where there is one) cannot do without."""
+
+    def bytes(self) -> float:
+        """Bytes a step cannot do without: inputs read once in each direction, results and gradients written once."""
 
     def inputs(self, seed: int, device: str) -> Inputs: ...
 
@@ -195,8 +199,13 @@ def measure(
             if device == "cuda":
                 torch.cuda.empty_cache()  # what ran out of memory must not starve the next
         else:
-            needed, gradients = peak_memory(bench, case, name, device) or (None, 0)
-            rows[name].update(step_s=[], forward_s=[], memory=needed, gradient_bytes=gradients)
+            rows[name].update(step_s=[], forward_s=[])
+    tick(f"{case.id}: memory")
+    # Mostly the start of a process each, and nothing is timed meanwhile; on a GPU they would take each other's memory.
+    with ThreadPoolExecutor(1 if device == "cuda" else 2) as pool:
+        probes = pool.map(lambda name: peak_memory(bench, case, name, device), variants)
+        for name, found in zip(variants, probes, strict=True):
+            rows[name]["memory"], rows[name]["gradient_bytes"] = found or (None, 0)
     rows["floor"] = {"step_s": [], "forward_s": [], "memory": None, "gradient_bytes": 0}
     names = [*variants, "floor"]
     for i in range(rounds):
@@ -213,6 +222,7 @@ def measure(
         "case": case.id,
         "device": device,
         "flops": case.flops(),
+        "bytes": case.bytes(),
         "ours": next((name for name in bench.OURS if "step_s" in rows.get(name, {})), None),
         "rows": rows,
     }

@@ -8,8 +8,11 @@ from typing import Any
 
 from benchmarks.harness import median, spread
 
-TRAINING = ("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond gradients", "% of GEMM peak")
-FORWARD = ("variant", "ms", "spread", "vs ours", "peak MiB", "% of GEMM peak")
+TRAINING = (
+    *("variant", "forward ms", "fwd+bwd ms", "spread", "vs ours", "peak MiB beyond gradients", "% of GEMM peak"),
+    "% of copy",
+)
+FORWARD = ("variant", "ms", "spread", "vs ours", "peak MiB", "% of GEMM peak", "% of copy")
 
 
 def _ms(seconds: float) -> str:
@@ -34,8 +37,9 @@ def lines(result: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, ..
         peak = result["flops"] / time / (machine["gemm_gflop_per_s"] * 1e9)
         forward = (_ms(median(row["forward_s"])) if row["forward_s"] else "-",) if headings is TRAINING else ()
         noise = f"{100 * spread(row['step_s']):.0f} %"
+        copy = result["bytes"] / time / (machine["copy_gb_per_s"] * 1e9)
         cells = (name, *forward, _ms(time), noise, f"{time / ours:.2f}x", memory)
-        table.append((time, (*cells, f"{100 * peak:.0f} %")))
+        table.append((time, (*cells, f"{100 * peak:.0f} %", f"{100 * copy:.0f} %")))
     return [cells for _, cells in sorted(table, key=lambda entry: entry[0])]
 
 

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings_cuda.h"
+#include "bindings_norm_linear_attention.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "fira.h"
@@ -312,6 +313,67 @@ void bind_projection(py::module_& m, const char* suffix) {
         }, nogil);
 }
 
+template <class T>
+const pyelastic::NlaKernels<T>& nla() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(nla_float);
+  } else {
+    return PYELASTIC_CHOOSE(nla_double);
+  }
+}
+
+template <class T>
+const pyelastic::NlaBackward<T>& nla_backward() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(nla_backward_float);
+  } else {
+    return PYELASTIC_CHOOSE(nla_backward_double);
+  }
+}
+
+// (part, first_q, first_k)
+using Parts = std::tuple<Int, Pointer, Pointer>;
+pyelastic::NlaParts parts_of(const Parts& parts) {
+  const auto& [part, first_q, first_k] = parts;
+  return {part, as<const Int>(first_q), as<const Int>(first_k)};
+}
+
+template <class T>
+void bind_norm_linear_attention(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string("norm_linear_attention_") + stem + suffix; };
+  const py::call_guard<py::gil_scoped_release> nogil;
+  using Arguments = pyelastic::NlaArguments;
+  m.def(name("states").c_str(), [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, int threads) {
+    nla<T>().states(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<T>(s), as<T>(z), threads);
+  }, nogil);
+  m.def(name("scan").c_str(),
+        [](Pointer first, Int sequences, Int heads, Int width, Pointer initial, bool exclusive, bool reverse, Pointer parts,
+           Pointer total, int threads) {
+          nla<T>().scan(as<const Int>(first), sequences, heads, width, as<const T>(initial), exclusive, reverse,
+                        as<T>(parts), as<T>(total), threads);
+        }, nogil);
+  m.def(name("forward").c_str(),
+        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer o, Pointer s_end, Pointer z_end,
+           int threads) {
+          nla<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
+                           as<const T>(z), as<void>(o), as<T>(s_end), as<T>(z_end), threads);
+        }, nogil);
+  m.def(name("queries").c_str(),
+        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer grad, Pointer dq, Pointer dgate, Pointer d,
+           Pointer dd, Pointer ds, Pointer dz, Pointer dparams, int threads) {
+          nla_backward<T>().queries(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
+                                    as<const T>(z), as<const void>(grad), as<void>(dq), as<void>(dgate), as<T>(d),
+                                    as<T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
+        }, nogil);
+  m.def(name("keys").c_str(),
+        [](const Arguments& x, const Parts& parts, Pointer grad, Pointer d, Pointer dd, Pointer ds, Pointer dz, Pointer dk,
+           Pointer dv, Pointer dparams, int threads) {
+          nla_backward<T>().keys(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const void>(grad),
+                                 as<const T>(d), as<const T>(dd), as<T>(ds), as<T>(dz), as<void>(dk), as<void>(dv),
+                                 as<double>(dparams), threads);
+        }, nogil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -325,6 +387,8 @@ PYBIND11_MODULE(_C, m) {
   bind_margin_softmax<double>(m, "_f64");
   bind_maxsim<float>(m, "_f32");
   bind_maxsim<double>(m, "_f64");
+  bind_norm_linear_attention<float>(m, "_f32");
+  bind_norm_linear_attention<double>(m, "_f64");
   bind_projection<float>(m, "_f32");
   bind_projection<double>(m, "_f64");
 #ifdef PYELASTIC_HAVE_CUDA

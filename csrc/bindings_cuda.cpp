@@ -1,5 +1,6 @@
 // The CUDA half of pyelastic._C, and the whole of the emulator's module. Device pointers come as integers.
 #include "bindings_cuda.h"
+#include "bindings_norm_linear_attention.h"
 
 #include <array>
 #include <stdexcept>
@@ -239,6 +240,53 @@ void bind_projection(py::module_& m) {
         }, nogil);
 }
 
+void bind_norm_linear_attention(py::module_& m) {
+  namespace cuda = pyelastic::cuda;
+  const py::call_guard<py::gil_scoped_release> nogil;
+  using Arguments = pyelastic::NlaArguments;
+  using Slots = std::tuple<Int, Int, Pointer, Pointer>;  // (count, each, sequence, place)
+  const auto problem = [](const Arguments& x) { return pyelastic::norm_linear_attention_problem<float>(x); };
+  const auto slots = [](const Slots& s) {
+    const auto& [count, each, sequence, place] = s;
+    return cuda::NlaSlots{count, each, as<const Int>(sequence), as<const Int>(place)};
+  };
+  m.def("cuda_norm_linear_attention_state",
+        [=](const Arguments& x, const Slots& parts, Int part, Pointer s, Pointer z, Pointer stream) {
+          cuda::nla_state(problem(x), slots(parts), part, as<float>(s), as<float>(z), as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_scan",
+        [=](const Arguments& x, Int tokens, Int part, Int each, Int width, Pointer initial, bool exclusive, bool reverse,
+            Pointer parts, Pointer total, Pointer stream) {
+          cuda::nla_scan(problem(x), tokens, part, each, width, as<const float>(initial), exclusive, reverse,
+                         as<float>(parts), as<float>(total), as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_forward",
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer o, Pointer stream) {
+          cuda::nla_forward(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z), as<void>(o),
+                            as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_queries",
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer grad, Pointer dq,
+            Pointer dgate, Pointer d, Pointer dd, Pointer dparams, Pointer stream) {
+          cuda::nla_queries(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z),
+                            as<const void>(grad), as<void>(dq), as<void>(dgate), as<float>(d), as<float>(dd),
+                            as<float>(dparams), as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_grad_state",
+        [=](const Arguments& x, const Slots& parts, Int part, Pointer grad, Pointer d, Pointer dd, Pointer ds, Pointer dz,
+            Pointer stream) {
+          cuda::nla_grad_state(problem(x), slots(parts), part, as<const void>(grad), as<const float>(d),
+                               as<const float>(dd), as<float>(ds), as<float>(dz), as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_keys",
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer grad, Pointer d, Pointer dd, Pointer ds,
+            Pointer dz, Pointer dk, Pointer dv, Pointer dparams, Pointer stream) {
+          cuda::nla_keys(problem(x), slots(tiles), part, each, as<const void>(grad), as<const float>(d),
+                         as<const float>(dd), as<const float>(ds), as<const float>(dz), as<void>(dk), as<void>(dv),
+                         as<float>(dparams), as<void>(stream));
+        }, nogil);
+}
+
 }  // namespace
 
 void pyelastic::bind_cuda(py::module_& m) {
@@ -251,5 +299,6 @@ void pyelastic::bind_cuda(py::module_& m) {
   bind_margin_softmax(m);
   bind_fira(m);
   bind_maxsim(m);
+  bind_norm_linear_attention(m);
   bind_projection(m);
 }

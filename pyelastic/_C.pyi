@@ -235,3 +235,71 @@ def cuda_maxsim_backward_smooth(
     out: _CudaOutput, stream: int, /,
 ) -> None: ...
 
+# norm_linear_attention. Contract: csrc/norm_linear_attention.h; tuples: csrc/bindings_norm_linear_attention.h.
+_NlaView = tuple[int, int, int, int]
+_NlaPointers = tuple[int, int, int, int, int, int, int, int]
+_Nla = tuple[
+    int, tuple[int, int, int, int, int, int, int], tuple[_NlaView, _NlaView, _NlaView, _NlaView], _NlaPointers,
+    tuple[int, bool, bool, bool], tuple[float, float, float, float],
+]
+_NlaParts = tuple[int, int, int]  # (part, first_q, first_k)
+_NlaSlots = tuple[int, int, int, int]  # (count, each, sequence, place)
+
+def norm_linear_attention_states_f32(
+    x: _Nla, parts: _NlaParts, s: int, z: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_scan_f32(
+    first: int, sequences: int, heads: int, width: int, initial: int, exclusive: bool, reverse: bool, parts: int,
+    total: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_forward_f32(
+    x: _Nla, parts: _NlaParts, s: int, z: int, o: int, s_end: int, z_end: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_queries_f32(
+    x: _Nla, parts: _NlaParts, s: int, z: int, grad: int, dq: int, dgate: int, d: int, dd: int, ds: int, dz: int,
+    dparams: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_keys_f32(
+    x: _Nla, parts: _NlaParts, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int, dparams: int,
+    threads: int, /,
+) -> None: ...
+def norm_linear_attention_states_f64(
+    x: _Nla, parts: _NlaParts, s: int, z: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_scan_f64(
+    first: int, sequences: int, heads: int, width: int, initial: int, exclusive: bool, reverse: bool, parts: int,
+    total: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_forward_f64(
+    x: _Nla, parts: _NlaParts, s: int, z: int, o: int, s_end: int, z_end: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_queries_f64(
+    x: _Nla, parts: _NlaParts, s: int, z: int, grad: int, dq: int, dgate: int, d: int, dd: int, ds: int, dz: int,
+    dparams: int, threads: int, /,
+) -> None: ...
+def norm_linear_attention_keys_f64(
+    x: _Nla, parts: _NlaParts, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int, dparams: int,
+    threads: int, /,
+) -> None: ...
+
+def cuda_norm_linear_attention_state(
+    x: _Nla, parts: _NlaSlots, part: int, s: int, z: int, stream: int, /,
+) -> None: ...
+def cuda_norm_linear_attention_scan(
+    x: _Nla, tokens: int, part: int, each: int, width: int, initial: int, exclusive: bool, reverse: bool, parts: int,
+    total: int, stream: int, /,
+) -> None: ...
+def cuda_norm_linear_attention_forward(
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, o: int, stream: int, /,
+) -> None: ...
+def cuda_norm_linear_attention_queries(
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, grad: int, dq: int, dgate: int, d: int,
+    dd: int, dparams: int, stream: int, /,
+) -> None: ...
+def cuda_norm_linear_attention_grad_state(
+    x: _Nla, parts: _NlaSlots, part: int, grad: int, d: int, dd: int, ds: int, dz: int, stream: int, /,
+) -> None: ...
+def cuda_norm_linear_attention_keys(
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int,
+    dparams: int, stream: int, /,
+) -> None: ...

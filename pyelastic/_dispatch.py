@@ -114,13 +114,30 @@ def may_read(device: torch.device) -> bool:
     return (device.type == "cpu" or _debug) and not torch.compiler.is_compiling()
 
 
+def check_requested_ops() -> None:
+    """ValueError if PYELASTIC_BACKEND names an op that does not exist; called when all ops are registered."""
+    _check_ops(_environment, "PYELASTIC_BACKEND")
+
+
+def _check_ops(requests: dict[str, str], source: str) -> None:
+    unknown = sorted(set(requests) - set(_ops) - {"*"})
+    if unknown:
+        raise ValueError(f"{source}: unknown op '{unknown[0]}'; choose from {', '.join(_ops)}")
+
+
 @contextmanager
 def use_backend(spec: str) -> Iterator[None]:
     """Within the block, calls without ``backend=`` use ``spec``: a name, or ``"op=name,op=name"``.
 
-    Holds for the whole process, like ``torch.set_num_threads``; blocks nest. Raises ValueError for an unknown name.
+    Holds for the whole process, like ``torch.set_num_threads``; blocks nest. Raises ValueError for an unknown name of
+    a backend or an op.
     """
-    _requests.append(_parse(spec, "use_backend"))
+    requests = _parse(spec, "use_backend")
+    if set(requests) != {"*"}:
+        import pyelastic.ops  # noqa: F401  (registers)
+
+        _check_ops(requests, "use_backend")
+    _requests.append(requests)
     try:
         yield
     finally:

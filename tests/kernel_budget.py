@@ -17,6 +17,7 @@ from typing import Any
 import compiled
 import fira_budget
 import maxsim_budget
+import norm_linear_attention_budget
 import projection_budget
 
 BUDGET = Path(__file__).parent / "data" / "kernel_budget.json"
@@ -80,7 +81,8 @@ def triton_requests() -> dict[str, dict[str, Any]]:
                 "multiples_of_16": ["D", "s_row", "s_out_row"],
                 "arch": arch, "warps": 4, "stages": 3,
             }  # fmt: skip
-    return requests | projection_budget.requests() | fira_budget.requests() | maxsim_budget.requests()
+    others = (projection_budget, fira_budget, maxsim_budget, norm_linear_attention_budget)
+    return requests | {name: request for module in others for name, request in module.requests().items()}
 
 
 def _demangle(names: list[str]) -> dict[str, str]:

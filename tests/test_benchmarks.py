@@ -12,6 +12,7 @@ from benchmarks import bench_margin_softmax as bench
 from benchmarks import bench_maxsim, bench_projection, harness, report
 
 CASE = bench.Case(16, 512, 300)
+PEAKS = {"gemm_gflop_per_s": 100.0, "copy_gb_per_s": 10.0}
 
 
 def _dropped_class(e, w, labels):
@@ -52,12 +53,15 @@ def test_variant_that_raises_is_a_result(monkeypatch):
 
     result = _measured(monkeypatch, {"broken": harness.Variant(broken, 1.0)})
     assert result["rows"]["broken"]["failed"] == "ValueError: no such kernel"
-    table = report.lines(result, {"gemm_gflop_per_s": 100.0})
+    table = report.lines(result, PEAKS)
     assert table[-1][:2] == ("broken", "ValueError: no such kernel")
     assert result["ours"] == "pyelastic eager"
     ours = next(cells for cells in table if cells[0] == "pyelastic eager")
     ours = dict(zip(report.columns(result), ours, strict=True))
     assert ours["vs ours"] == "1.00x" and ours["peak MiB beyond gradients"] == "2"
+    time = harness.median(result["rows"]["pyelastic eager"]["step_s"])
+    assert ours["% of GEMM peak"] == f"{100 * 6 * 16 * 512 * 300 / time / 100e9:.0f} %"
+    assert ours["% of copy"] == f"{100 * 12 * 512 * (300 + 16) / time / 10e9:.0f} %"
 
 
 def test_truth_is_the_textbook_formula():
@@ -99,7 +103,7 @@ def test_forward_only_case_has_one_time_and_no_gradient(monkeypatch):
             assert len(row["step_s"]) == 4 and row["forward_s"] == [] and "failed" not in row, name
             assert name == "floor" or len(row["error"]) == 1
     assert report.columns(result) is report.FORWARD
-    assert {len(cells) for cells in report.lines(result, {"gemm_gflop_per_s": 100.0})} == {len(report.FORWARD)}
+    assert {len(cells) for cells in report.lines(result, PEAKS)} == {len(report.FORWARD)}
 
 
 def test_maxsim_gradient_of_a_wrong_winner_is_refused(monkeypatch):

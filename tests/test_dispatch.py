@@ -80,6 +80,17 @@ def test_unknown_name_is_refused(call, how):
         assert f"ValueError: PYELASTIC_BACKEND: {choices}" in done.stderr
 
 
+def test_unknown_op_is_refused():
+    """A misspelt op would leave the request without effect, unnoticed."""
+    refused = pytest.raises(ValueError, match=r"^use_backend: unknown op 'maxsin'; choose from ")
+    with refused, pyelastic.use_backend("maxsim=cpu,maxsin=cpu"):
+        pass
+    assert not _dispatch._requests
+    done = child("import pyelastic; pyelastic.maxsim", PYELASTIC_BACKEND="maxsin=cpu")
+    assert "ValueError: PYELASTIC_BACKEND: unknown op 'maxsin'; choose from " in done.stderr
+    assert "maxsim" in done.stderr
+
+
 @pytest.mark.parametrize("status", ["not built", "broken"])
 def test_missing_module_shows_state_reason_and_cure(call, monkeypatch, status):
     state = _extension.State(status, "the reason", "the cure")
@@ -182,7 +193,7 @@ def test_argument_beats_context_beats_environment_beats_auto(toy, monkeypatch):
         assert resolved(argument="eager") == "eager"
         with pyelastic.use_backend("toy=eager"):
             assert resolved() == "eager"
-        with pyelastic.use_backend("other=eager"):
+        with pyelastic.use_backend("maxsim=eager"):
             assert resolved() == "cuda"  # the outer block still holds
         with pyelastic.use_backend("auto"):
             assert resolved() == "cuda"  # auto asks for nothing

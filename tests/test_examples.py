@@ -56,3 +56,36 @@ def test_train_retrieval_improves_on_untrained(capsys):
     for name, (run,) in runs.items():
         (first, first_ndcg), (last, last_ndcg) = run
         assert 0 < first < 1 and last > first + 0.02 and last_ndcg > first_ndcg + 0.02, name
+
+
+def test_train_nalaformer_learns_digits(capsys):
+    results = _load("train_nalaformer").main(["--epochs", "2"])
+    assert "held-out digits" in capsys.readouterr().out
+    for (run,) in results.values():
+        assert run["before"] < 0.3 and run["after"] > 0.8
+    linear, softmax = (run["parameters"] for (run,) in results.values())
+    assert linear == softmax
+
+
+def test_train_character_lm_improves_and_writes(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    results = _load("train_character_lm").main(["--steps", "40"])
+    printed = capsys.readouterr().out
+    assert "held-out bits per character" in printed and printed.rstrip().splitlines()[-1].startswith("The ")
+    for run in results.values():
+        assert run["before"] > 7.5 and run["after"] < 5.5
+
+
+def test_attention_entropy_shows_the_claim(tmp_path, monkeypatch, capsys):
+    """Softmax and norm-aware attention sharpen with the query's norm; plain linear attention does not."""
+    import torch
+
+    example = _load("attention_entropy")
+    small, large = (example.entropies(norm, torch.Generator().manual_seed(0)) for norm in (0.25, 8.0))
+    assert abs(large["linear (ReLU)"] - small["linear (ReLU)"]) < 1e-6
+    for name in ("softmax", "norm-aware", "norm-aware, norm_scale 1/8"):
+        assert large[name] < small[name] - 0.2
+    monkeypatch.setattr("sys.argv", ["attention_entropy", "--out", str(tmp_path / "plot.svg")])
+    example.main()
+    assert "entropy of the attention weights" in capsys.readouterr().out
+    assert (tmp_path / "plot.svg").stat().st_size > 9999

@@ -93,5 +93,43 @@ inline Vec<double> exp2_vec(const Vec<double>& x) {
   return x < -1022.0 ? V{} : result;
 }
 
+// log2 x for x >= 0 in the type's normal range, absolute error below 2 ulp of max(1, |log2 x|); NaN and Inf stay.
+// Method: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log2 m = 2 / ln2 atanh((m - 1) / (m + 1)) by its series.
+inline Vec<float> log2_vec(const Vec<float>& x) {
+  using V = Vec<float>;
+  using I = VecOf<float>::I;
+  const I shifted = (I)x - 0x3f3504f3;  // so that m begins at sqrt(1/2)
+  const I exponent = shifted >> 23;
+  const V m = (V)((shifted & 0x007fffff) + 0x3f3504f3);
+  const V s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  V p = z * 0.26230819f + 0.32059890f;
+  p = p * z + 0.41219858f;
+  p = p * z + 0.57707802f;
+  p = p * z + 0.96179669f;
+  const V result = s * 2.88539008f + (s * z * p + __builtin_convertvector(exponent, V));
+  return x - x == 0.0f ? result : x;
+}
+
+inline Vec<double> log2_vec(const Vec<double>& x) {
+  using V = Vec<double>;
+  using I = VecOf<double>::I;
+  const I shifted = (I)x - 0x3fe6a09e667f3bcd;
+  const I exponent = shifted >> 52;
+  const V m = (V)((shifted & 0x000fffffffffffff) + 0x3fe6a09e667f3bcd);
+  const V s = (m - 1.0) / (m + 1.0), z = s * s;
+  V p = z * 0.12545174268599682 + 0.1373995277037108;  // 2 / ((2 k + 1) ln 2), k = 11 .. 1
+  p = p * z + 0.15186263588304877;
+  p = p * z + 0.16972882833987804;
+  p = p * z + 0.19235933878519512;
+  p = p * z + 0.2219530832136867;
+  p = p * z + 0.2623081892525388;
+  p = p * z + 0.3205988979753252;
+  p = p * z + 0.41219858311113244;
+  p = p * z + 0.5770780163555853;
+  p = p * z + 0.9617966939259757;
+  const V result = s * 2.8853900817779268 + (s * z * p + __builtin_convertvector(exponent, V));
+  return x - x == 0.0 ? result : x;
+}
+
 }  // namespace
 }  // namespace pyelastic

@@ -15,11 +15,14 @@ from pyelastic.nn.margin_softmax import (
     SubCenterArcFace,
     SVSoftmax,
 )
+from pyelastic.nn.nalaformer import NaLaFormer
+from pyelastic.nn.norm_linear_attention import CausalNormAwareLinearAttention, NormAwareLinearAttention
 from pyelastic.nn.projection import ProjectionHead
 
 __all__ = [
     "AdaFace",
     "ArcFace",
+    "CausalNormAwareLinearAttention",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -28,6 +31,8 @@ __all__ = [
     "LateInteraction",
     "MagFace",
     "MarginSoftmax",
+    "NaLaFormer",
+    "NormAwareLinearAttention",
     "NormFace",
     "ProjectionHead",
     "SVSoftmax",

@@ -5,7 +5,6 @@ Operands are float16 or float32 by the rule of the CUDA launcher. Nothing here s
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -24,37 +23,10 @@ GRID_Y = 65_535  # CUDA's limit of the second and third extent of a grid
 FINISH_ELEMENTS = 8192  # of the accumulator of a program of finish_w; a power of 2
 
 
-@functools.lru_cache(maxsize=1)
-def _interpreted() -> bool:
-    """Whether the kernels run under Triton's interpreter, on the CPU (tests only)."""
-    return type(_kernels().forward).__name__ == "InterpretedFunction"
-
-
 def _kernels() -> ModuleType:
     from pyelastic.triton_kernels import margin_softmax
 
     return margin_softmax
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def why_not(device: str) -> str | None:
-    """One sentence, or None if Triton can run the kernels on this device ("cuda:0")."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < (3, 2):
-        return f"triton is {triton.__version__}; the kernel needs 3.2 or newer"
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"{error}: a source tree that was not installed; pip install -e ."
-    if device.startswith("cpu"):
-        return None if _interpreted() else "embeddings is on cpu; Triton runs on GPUs (or with TRITON_INTERPRET=1)"
-    if device.startswith("cuda") and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{device} has a compute capability below 8.0"
-    return None if device.startswith(("cuda", "xpu")) else f"embeddings is on {device}; Triton has no driver for it"
 
 
 class _Problem:

@@ -20,7 +20,7 @@ from pyelastic.ops._binding import rows_of
 # (MKL from 512 on; see _margin_softmax_cpu.GEMM_DEPTH).
 CPU_DEPTH = 256
 # Rows of a chunk: z of one stays in a core's cache, or fills a GPU.
-CPU_ROWS, GPU_ROWS = 512, 1 << 16
+CPU_ROWS, GPU_ROWS = 1024, 1 << 16
 # Share of rows with a gradient below which the CPU gathers those rows first. In the k-negatives layout of maxsim 6 to
 # 16 % of the document rows have one.
 COMPACT_BELOW = 0.5

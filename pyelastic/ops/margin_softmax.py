@@ -35,6 +35,7 @@ from pyelastic.margins import ArcFace, Margin, deal
 from pyelastic.ops import _margin_softmax_cpu as cpu
 from pyelastic.ops import _margin_softmax_cuda as cuda
 from pyelastic.ops import _margin_softmax_triton as triton
+from pyelastic.ops import _triton
 
 OP = "margin_softmax"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -483,7 +484,7 @@ def _cuda_why_not(call: Call) -> str | None:
 
 def _triton_why_not(call: Call) -> str | None:
     dtype = _dispatch.unsupported_dtype(call, DTYPES[:3])
-    return dtype or triton.why_not(str(call.device))
+    return dtype or _triton.why_not(str(call.device), "embeddings", OP, "forward")
 
 
 _HALF, _ALL = ("float16", "bfloat16", "float32"), ("float16", "bfloat16", "float32", "float64")

@@ -1,0 +1,169 @@
+// norm_linear_attention on CUDA, forward: float32 products from shared memory. Contract and formulas:
+// ../norm_linear_attention.h.
+//
+// Blocking: a block of 128 threads makes the features of 16 tokens in shared memory (16 x 2 d, 16 KB at d = 128) and
+// multiplies them with 32 columns of the values or of a state. `nla_state` sums a part of a sequence, `nla_scan` adds parts
+// up in their order, `nla_forward` reads the sum and, causal, adds the tokens of its own part by their weights. No atomics.
+// Bytes: q, k, v read dv / 32 times from L2, o written once; a state of 4 R dv bytes per part.
+#include "norm_linear_attention_tile.cuh"
+
+namespace pyelastic {
+namespace cuda {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_state_kernel(Problem x, NlaSlots parts, std::int64_t part, float* s /* [parts, Hk, 2 d, dv] */,
+                 float* z /* [parts, Hk, 2 d] */) {
+  DYN_SHARED(float, shared);
+  float* room = shared;
+  const int dim = static_cast<int>(x.dim), rows = 2 * dim;
+  Tile tile(room, dim, x.sin != nullptr);
+  float* const v = room;
+  float* const sum = v + kTile * kColumns;  // [2 d][kColumns]
+  float* const z_sum = sum + rows * kColumns;
+  const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
+  const Place at = locate(x, parts, x.keys);
+  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  if (first >= at.length) return;
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
+  for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
+  const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + head * x.v.head;
+  Place inside = at;
+  inside.length = end;
+  for (std::int64_t token = first; token < end; token += kTile) {
+    make_tile<T>(x, x.k, inside, token, head, false, tile);
+    load_columns(values, x.v.token, inside, token, column, x.v_dim, v);
+    __syncthreads();
+    product(tile.g, 1, tile.ldf, v, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
+    const float* const plain = x.rope_both ? tile.g : tile.f;
+    for (int r = threadIdx.x; r < rows; r += kThreads) {
+      for (int t = 0; t < kTile; ++t) z_sum[r] += plain[t * tile.ldf + r];
+    }
+  }
+  const std::int64_t slot = static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + head;
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+    const std::int64_t c = column + i % kColumns;
+    if (c < x.v_dim) s[(slot * rows + i / kColumns) * x.v_dim + c] = sum[i];
+  }
+  if (blockIdx.z != 0) return;
+  for (int r = threadIdx.x; r < rows; r += kThreads) z[slot * rows + r] = z_sum[r];
+}
+
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_scan_kernel(Problem x, std::int64_t tokens, std::int64_t part, std::int64_t each, std::int64_t width,
+                const float* initial, bool exclusive, bool reverse, float* parts, float* total) {
+  const std::int64_t sequence = blockIdx.x, head = blockIdx.y;
+  const std::int64_t c = static_cast<std::int64_t>(blockIdx.z) * kThreads + threadIdx.x;
+  if (c >= width) return;
+  const std::int64_t length = x.offsets == nullptr ? tokens : x.offsets[sequence + 1] - x.offsets[sequence];
+  const std::int64_t first = first_part(x, sequence, part, each), count = (length + part - 1) / part;
+  const std::int64_t end = (sequence * x.kv_heads + head) * width + c;
+  float sum = initial == nullptr ? 0.0f : initial[end];
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t slot = first + (reverse ? count - 1 - i : i);
+    float* const at = parts + (slot * x.kv_heads + head) * width + c;
+    const float own = *at;
+    if (exclusive) *at = sum;
+    sum += own;
+  }
+  total[end] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z, T* o) {
+  DYN_SHARED(float, shared);
+  float* room = shared;
+  const int dim = static_cast<int>(x.dim), rows = 2 * dim;
+  Tile query(room, dim, x.sin != nullptr), key(room, dim, x.sin != nullptr);
+  float* const v = room;
+  float* const out = v + kTile * kColumns;
+  float* const weights = out + kTile * kColumns;  // [kTile][kTile] twice
+  float* const d = weights + 2 * kTile * kTile;
+  const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
+  const std::int64_t kv = head / (x.q_heads / x.kv_heads);
+  const Place at = locate(x, tiles, x.queries);
+  const std::int64_t first = at.part * kTile;
+  if (first >= at.length) return;
+  std::int64_t slot = at.sequence;
+  if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
+  slot = slot * x.kv_heads + kv;
+  const int width = x.v_dim - column < kColumns ? static_cast<int>(x.v_dim - column) : kColumns;
+  make_tile<T>(x, x.q, at, first, head, true, query);
+  const float* const plain = x.rope_both ? query.g : query.f;
+  product(plain, query.ldf, 1, z + slot * rows, 1, 0, kTile, rows, 1, d, 1, false);
+  product(query.g, query.ldf, 1, s + slot * rows * x.v_dim + column, x.v_dim, 1, kTile, rows, width, out, kColumns, false);
+  if (x.causal) {
+    const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
+    for (std::int64_t other = first / part * part; other <= first; other += kTile) {
+      make_tile<T>(x, x.k, at, other, kv, false, key);
+      load_columns(values, x.v.token, at, other, column, x.v_dim, v);
+      const float* const plain_k = x.rope_both ? key.g : key.f;
+      product(query.g, query.ldf, 1, key.g, 1, key.ldf, kTile, rows, kTile, weights, kTile, false);
+      product(plain, query.ldf, 1, plain_k, 1, key.ldf, kTile, rows, kTile, weights + kTile * kTile, kTile, false);
+      for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+        if (other + i % kTile > first + i / kTile) weights[i] = weights[kTile * kTile + i] = 0.0f;
+      }
+      __syncthreads();
+      product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, out, kColumns, true);
+      if (threadIdx.x < kTile) {
+        for (int j = 0; j < kTile; ++j) d[threadIdx.x] += weights[kTile * kTile + threadIdx.x * kTile + j];
+      }
+    }
+  }
+  __syncthreads();
+  const T* const gate = static_cast<const T*>(x.gate.data);
+  for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
+    const int t = i / width, c = i % width;
+    const std::int64_t token = first + t;
+    if (token >= at.length) continue;
+    float value = out[t * kColumns + c] / (d[t] + effective_eps(x, at, token));
+    if (gate != nullptr) {
+      const float g = to_float(
+          gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);
+      value *= g * sigmoid(g);
+    }
+    o[((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + column + c] = from_float<T>(value);
+  }
+}
+
+unsigned columns_of(const Problem& x) { return static_cast<unsigned>((x.v_dim + kColumns - 1) / kColumns); }
+int tile_floats(const Problem& x) {
+  const int dim = static_cast<int>(x.dim);
+  return kTile * ((dim | 1) + 2 * (2 * dim + 1) + 4);
+}
+
+}  // namespace
+
+void nla_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream) {
+  if (parts.count == 0) return;
+  const std::size_t shared = sizeof(float) * (tile_floats(x) + kTile * kColumns + 2 * x.dim * (kColumns + 1));
+  const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.kv_heads), columns_of(x));
+  visit_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    LAUNCH((nla_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, s, z);
+  });
+}
+
+void nla_scan(const Problem& x, std::int64_t tokens, std::int64_t part, std::int64_t each, std::int64_t width,
+              const float* initial, bool exclusive, bool reverse, float* parts, float* total, void* stream) {
+  if (x.sequences == 0 || width == 0) return;
+  const dim3 grid(static_cast<unsigned>(x.sequences), static_cast<unsigned>(x.kv_heads),
+                  static_cast<unsigned>((width + kThreads - 1) / kThreads));
+  LAUNCH((nla_scan_kernel), grid, kThreads, 0, stream, x, tokens, part, each, width, initial, exclusive, reverse, parts, total);
+}
+
+void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
+                 void* o, void* stream) {
+  if (tiles.count == 0) return;
+  const std::size_t shared = sizeof(float) * (2 * tile_floats(x) + 2 * kTile * kColumns + 2 * kTile * kTile + kTile);
+  const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads), columns_of(x));
+  visit_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z, static_cast<T*>(o));
+  });
+}
+
+}  // namespace cuda
+}  // namespace pyelastic

@@ -1,0 +1,434 @@
+// norm_linear_attention on CUDA, backward. Contract and formulas: ../norm_linear_attention.h; blocking as in the forward pass.
+//
+// `nla_queries`, a block for a tile of queries: denominators and their gradients, dq, dgate, and the tile's part of the
+// parameters' gradients. `nla_grad_state` sums R phi_q y^T, y = g / D, over parts, which `nla_scan` adds up; `nla_keys`, a
+// block for a tile of keys: dk and dv. Causal tiles add the tokens of their own part by weights.
+#include "norm_linear_attention_tile.cuh"
+
+namespace pyelastic {
+namespace cuda {
+namespace {
+
+// y [kTile][kColumns]: columns of the gradient before the gate, over the denominators d. No barrier.
+template <class T>
+__device__ void load_gradient(const Problem& x, const T* grad, const Place& at, std::int64_t first, std::int64_t head,
+                              std::int64_t column, const float* d, float* y) {
+  const T* const gate = static_cast<const T*>(x.gate.data);
+  for (int i = threadIdx.x; i < kTile * kColumns; i += kThreads) {
+    const std::int64_t token = first + i / kColumns, c = column + i % kColumns;
+    float g = 0.0f;
+    if (token < at.length && c < x.v_dim) {
+      g = to_float(grad[((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + c]);
+      if (gate != nullptr) {
+        const float s = to_float(gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c]);
+        g *= s * sigmoid(s);
+      }
+      g /= d[i / kColumns];
+    }
+    y[i] = g;
+  }
+}
+
+// What reaches a channel's magnitude, by its sign.
+__device__ __forceinline__ float by_sign(float x, float upper, float lower) {
+  return x > 0.0f ? upper : (x < 0.0f ? lower : (x == 0.0f ? 0.0f : x));
+}
+
+// What the features of a channel say to its magnitude, and to its angle (0 unless cosine).
+__device__ __forceinline__ float magnitude(const Problem& q, const Tile& tile, int t, int c, const float* h, float w,
+                                           float& turned) {
+  const float v = tile.x[t * tile.ldx + c], upper = h[t * tile.ldf + c], lower = h[t * tile.ldf + tile.dim + c];
+  turned = 0.0f;
+  if (q.map != FeatureMap::cosine) return by_sign(v, upper, lower);
+  float slope, co, si;
+  cos_sin(kQuarter * tanh_of(q.alpha * v / tile.r[t], slope), co, si);
+  turned = w * (lower * co - upper * si) * slope * (q.alpha * kQuarter);
+  return upper * co + lower * si;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_queries_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
+                   const T* grad, T* dq, T* dgate, float* d_out, float* dd_out, float* dparams) {
+  DYN_SHARED(float, shared);
+  float* room = shared;
+  const int dim = static_cast<int>(x.dim), rows = 2 * dim;
+  Tile query(room, dim, x.sin != nullptr), key(room, dim, x.sin != nullptr);
+  const int ld = query.ldf;
+  float* const h = room;  // [kTile][ld]
+  float* const v = h + kTile * ld;
+  float* const y = v + kTile * kColumns;
+  float* const o = y + kTile * kColumns;
+  float* const weights = o + kTile * kColumns;
+  float* const d = weights + kTile * kTile;
+  float* const dd = d + kTile;
+  float* const own = dd + kTile;  // [3][kTile]
+  const std::int64_t head = blockIdx.y, kv = head / (x.q_heads / x.kv_heads);
+  const Place at = locate(x, tiles, x.queries);
+  const std::int64_t first = at.part * kTile;
+  if (first >= at.length) return;
+  std::int64_t slot = at.sequence;
+  if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
+  slot = slot * x.kv_heads + kv;
+  const float* const state = s + slot * rows * x.v_dim;
+  const std::int64_t start = x.causal ? first / part * part : first + kTile;
+  const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
+  const T* const gate = static_cast<const T*>(x.gate.data);
+  make_tile<T>(x, x.q, at, first, head, true, query);
+  const float* const plain = x.rope_both ? query.g : query.f;
+  const float* const plain_k = x.rope_both ? key.g : key.f;
+  product(plain, ld, 1, z + slot * rows, 1, 0, kTile, rows, 1, d, 1, false);
+  for (std::int64_t other = start; other <= first; other += kTile) {
+    make_tile<T>(x, x.k, at, other, kv, false, key);
+    product(plain, ld, 1, plain_k, 1, ld, kTile, rows, kTile, weights, kTile, false);
+    __syncthreads();
+    if (threadIdx.x < kTile) {
+      for (int j = 0; j < kTile && other + j <= first + threadIdx.x; ++j) d[threadIdx.x] += weights[threadIdx.x * kTile + j];
+    }
+  }
+  if (threadIdx.x < kTile) {
+    const std::int64_t token = first + threadIdx.x;
+    d[threadIdx.x] = token < at.length ? d[threadIdx.x] + effective_eps(x, at, token) : 1.0f;
+  }
+  for (int i = threadIdx.x; i < kTile * ld; i += kThreads) h[i] = 0.0f;
+  __syncthreads();
+  for (std::int64_t column = 0; column < x.v_dim; column += kColumns) {
+    const int width = x.v_dim - column < kColumns ? static_cast<int>(x.v_dim - column) : kColumns;
+    __syncthreads();
+    load_gradient(x, grad, at, first, head, column, d, y);
+    __syncthreads();
+    product(y, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
+    if (gate != nullptr) {
+      product(query.g, ld, 1, state + column, x.v_dim, 1, kTile, rows, width, o, kColumns, false);
+    }
+    for (std::int64_t other = start; other <= first; other += kTile) {
+      make_tile<T>(x, x.k, at, other, kv, false, key);
+      load_columns(values, x.v.token, at, other, column, x.v_dim, v);
+      __syncthreads();
+      product(y, kColumns, 1, v, 1, kColumns, kTile, kColumns, kTile, weights, kTile, false);
+      for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+        if (other + i % kTile > first + i / kTile) weights[i] = 0.0f;
+      }
+      __syncthreads();
+      product(weights, kTile, 1, key.g, ld, 1, kTile, kTile, rows, h, ld, true);
+      if (gate == nullptr) continue;
+      __syncthreads();
+      product(query.g, ld, 1, key.g, 1, ld, kTile, rows, kTile, weights, kTile, false);
+      for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+        if (other + i % kTile > first + i / kTile) weights[i] = 0.0f;
+      }
+      __syncthreads();
+      product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, o, kColumns, true);
+    }
+    for (int i = threadIdx.x; i < kTile * width && gate != nullptr; i += kThreads) {
+      const int t = i / width, c = i % width;
+      const std::int64_t token = first + t;
+      if (token >= at.length) continue;
+      const std::int64_t to = ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + column + c;
+      const float g = to_float(
+          gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);
+      const float sig = sigmoid(g);
+      dgate[to] = from_float<T>(to_float(grad[to]) * (o[t * kColumns + c] / d[t]) * sig * (1.0f + g * (1.0f - sig)));
+    }
+  }
+  __syncthreads();
+  for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
+    float sum = 0;
+    for (int r = threadIdx.x % 32; r < rows; r += 32) sum += query.g[t * ld + r] * h[t * ld + r];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) {
+      dd[t] = -sum / d[t];
+      const std::int64_t token = first + t, row = (at.batch * x.queries + at.begin + token) * x.q_heads + head;
+      if (token < at.length) {
+        d_out[row] = d[t];
+        dd_out[row] = dd[t];
+      }
+    }
+  }
+  __syncthreads();
+  if (x.sin != nullptr && !x.rope_both) turn_back(x, at, first, dim, h, ld);
+  for (int i = threadIdx.x; i < kTile * rows; i += kThreads) {
+    h[i / rows * ld + i % rows] += dd[i / rows] * z[slot * rows + i % rows];
+  }
+  for (std::int64_t other = start; other <= first; other += kTile) {
+    make_tile<T>(x, x.k, at, other, kv, false, key);
+    for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+      weights[i] = other + i % kTile <= first + i / kTile ? dd[i / kTile] : 0.0f;
+    }
+    __syncthreads();
+    product(weights, kTile, 1, plain_k, ld, 1, kTile, kTile, rows, h, ld, true);
+  }
+  __syncthreads();
+  if (x.rope_both) turn_back(x, at, first, dim, h, ld);
+  const bool pola = is_pola(x.map);
+  if (x.map == FeatureMap::pola_opposite) {
+    for (int i = threadIdx.x; i < kTile * dim; i += kThreads) {
+      float* const upper = h + i / dim * ld + i % dim;
+      const float swap = upper[0];
+      upper[0] = upper[dim];
+      upper[dim] = swap;
+    }
+    __syncthreads();
+  }
+  for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
+    const std::int64_t token = first + t;
+    T* const to = dq + ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * dim;
+    const float r = query.r[t], p = query.p[t];
+    float sum_p = 0, sum_t = 0, sum_n = 0;
+    for (int c = threadIdx.x % 32; c < dim && !pola; c += 32) {
+      const float v_ = query.x[t * query.ldx + c], a = fabsf(v_) / r, w = power(a, p);
+      float turned;
+      const float gm = magnitude(x, query, t, c, h, w, turned) * w;
+      sum_t += gm;
+      sum_p += gm * log2_or_0(a);
+      sum_n += turned * v_ / r;
+    }
+    sum_p = warp_sum(sum_p) * kLn2;
+    sum_t = warp_sum(sum_t);
+    sum_n = warp_sum(sum_n);
+    const float lam = pola ? 0.0f : x.params[head], beta = pola ? 0.0f : x.params[2 * x.q_heads + head];
+    const float pull = (sum_p * lam * beta * query.slope[t] - (p * sum_t + sum_n) / r) / r;
+    for (int c = threadIdx.x % 32; c < dim; c += 32) {
+      const float v_ = query.x[t * query.ldx + c];
+      const float w = pola ? power(fabsf(v_), x.params[head * dim + c]) : power(fabsf(v_) / r, p);
+      float turned;
+      const float gm = magnitude(x, query, t, c, h, w, turned) * w;
+      const float grad_c = pola ? x.params[head * dim + c] * gm / (v_ == 0.0f ? 1.0f : v_)
+                                : p * gm / (v_ == 0.0f ? 1.0f : v_) + turned / r + pull * v_;
+      if (token < at.length) to[c] = from_float<T>(grad_c);
+      if (pola) query.f[t * ld + c] = token < at.length ? gm * log2_or_0(fabsf(v_)) * kLn2 : 0.0f;
+    }
+    if (threadIdx.x % 32 == 0 && !pola) {
+      const bool there = token < at.length;
+      own[t] = there ? sum_p * (x.params[x.q_heads + head] + query.t[t]) : 0.0f;
+      own[kTile + t] = there ? sum_p * lam : 0.0f;
+      own[2 * kTile + t] = there ? sum_p * lam * r * query.slope[t] : 0.0f;
+    }
+  }
+  __syncthreads();
+  const int width = pola ? dim : 3;
+  for (int c = threadIdx.x; c < width; c += kThreads) {
+    float sum = 0;
+    for (int t = 0; t < kTile; ++t) sum += pola ? query.f[t * ld + c] : own[c * kTile + t];
+    dparams[(static_cast<std::int64_t>(blockIdx.x) * x.q_heads + head) * width + c] = sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const T* grad, const float* d_in, const float* dd_in,
+                      float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
+  DYN_SHARED(float, shared);
+  float* room = shared;
+  const int dim = static_cast<int>(x.dim), rows = 2 * dim;
+  Tile query(room, dim, x.sin != nullptr);
+  float* const y = room;
+  float* const sum = y + kTile * kColumns;  // [2 d][kColumns]
+  float* const z_sum = sum + rows * kColumns;
+  float* const d = z_sum + rows;
+  float* const dd = d + kTile;
+  const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
+  const Place at = locate(x, parts, x.queries);
+  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  if (first >= at.length) return;
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
+  for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
+  Place inside = at;
+  inside.length = end;
+  for (std::int64_t token = first; token < end; token += kTile) {
+    make_tile<T>(x, x.q, inside, token, head, true, query);
+    if (threadIdx.x < kTile) {
+      const std::int64_t row = (at.batch * x.queries + at.begin + token + threadIdx.x) * x.q_heads + head;
+      const bool there = token + threadIdx.x < end;
+      d[threadIdx.x] = there ? d_in[row] : 1.0f;
+      dd[threadIdx.x] = there ? dd_in[row] : 0.0f;
+    }
+    __syncthreads();
+    load_gradient(x, grad, inside, token, head, column, d, y);
+    __syncthreads();
+    product(query.g, 1, query.ldf, y, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
+    const float* const plain = x.rope_both ? query.g : query.f;
+    for (int r = threadIdx.x; r < rows; r += kThreads) {
+      for (int t = 0; t < kTile; ++t) z_sum[r] += dd[t] * plain[t * query.ldf + r];
+    }
+  }
+  const std::int64_t slot = static_cast<std::int64_t>(blockIdx.x) * x.q_heads + head;
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+    const std::int64_t c = column + i % kColumns;
+    if (c < x.v_dim) ds[(slot * rows + i / kColumns) * x.v_dim + c] = sum[i];
+  }
+  if (blockIdx.z != 0) return;
+  for (int r = threadIdx.x; r < rows; r += kThreads) dz[slot * rows + r] = z_sum[r];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    nla_keys_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const T* grad, const float* d_in,
+                const float* dd_in, const float* ds, const float* dz, T* dk, T* dv, float* dparams) {
+  DYN_SHARED(float, shared);
+  float* room = shared;
+  const int dim = static_cast<int>(x.dim), rows = 2 * dim;
+  Tile key(room, dim, x.sin != nullptr), query(room, dim, x.sin != nullptr);
+  const int ld = key.ldf;
+  float* const h = room;  // [kTile][ld]
+  float* const v = h + kTile * ld;
+  float* const y = v + kTile * kColumns;
+  float* const out = y + kTile * kColumns;
+  float* const weights = out + kTile * kColumns;
+  float* const d = weights + kTile * kTile;
+  const std::int64_t kv = blockIdx.y, group = x.q_heads / x.kv_heads;
+  const Place at = locate(x, tiles, x.keys);
+  const std::int64_t first = at.part * kTile;
+  if (first >= at.length) return;
+  std::int64_t slot = at.sequence;
+  if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
+  slot = slot * x.kv_heads + kv;
+  const float* const state = ds + slot * rows * x.v_dim;
+  std::int64_t end = first;  // of the queries that meet these keys by weights
+  if (x.causal) {
+    end = (first / part + 1) * part;
+    end = end < at.length ? end : at.length;
+  }
+  const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
+  const float* const plain = x.rope_both ? query.g : query.f;
+  make_tile<T>(x, x.k, at, first, kv, false, key);
+  for (int i = threadIdx.x; i < kTile * ld; i += kThreads) h[i] = 0.0f;
+  for (std::int64_t column = 0; column < x.v_dim; column += kColumns) {
+    const int width = x.v_dim - column < kColumns ? static_cast<int>(x.v_dim - column) : kColumns;
+    __syncthreads();
+    load_columns(values, x.v.token, at, first, column, x.v_dim, v);
+    __syncthreads();
+    product(v, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
+    product(key.g, ld, 1, state + column, x.v_dim, 1, kTile, rows, width, out, kColumns, false);
+    for (std::int64_t member = 0; member < group; ++member) {
+      const std::int64_t head = kv * group + member;
+      for (std::int64_t other = first; other < end; other += kTile) {
+        make_tile<T>(x, x.q, at, other, head, true, query);
+        if (threadIdx.x < kTile) {
+          const std::int64_t token = other + threadIdx.x;
+          d[threadIdx.x] =
+              token < at.length ? d_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 1.0f;
+        }
+        __syncthreads();
+        load_gradient(x, grad, at, other, head, column, d, y);
+        product(key.g, ld, 1, query.g, 1, ld, kTile, rows, kTile, weights, kTile, false);  // [keys][queries]
+        for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+          if (first + i / kTile > other + i % kTile) weights[i] = 0.0f;
+        }
+        __syncthreads();
+        product(weights, kTile, 1, y, kColumns, 1, kTile, kTile, width, out, kColumns, true);
+        __syncthreads();
+        product(v, kColumns, 1, y, 1, kColumns, kTile, kColumns, kTile, weights, kTile, false);
+        for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+          if (first + i / kTile > other + i % kTile) weights[i] = 0.0f;
+        }
+        __syncthreads();
+        product(weights, kTile, 1, query.g, ld, 1, kTile, kTile, rows, h, ld, true);
+      }
+    }
+    for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
+      const int t = i / width, c = i % width;
+      const std::int64_t token = first + t;
+      if (token >= at.length) continue;
+      dv[((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * x.v_dim + column + c] =
+          from_float<T>(out[t * kColumns + c]);
+    }
+  }
+  __syncthreads();
+  if (x.sin != nullptr && !x.rope_both) turn_back(x, at, first, dim, h, ld);
+  for (int i = threadIdx.x; i < kTile * rows; i += kThreads) h[i / rows * ld + i % rows] += dz[slot * rows + i % rows];
+  for (std::int64_t member = 0; member < group; ++member) {
+    const std::int64_t head = kv * group + member;
+    for (std::int64_t other = first; other < end; other += kTile) {
+      make_tile<T>(x, x.q, at, other, head, true, query);
+      for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+        const std::int64_t token = other + i % kTile;
+        const bool meets = first + i / kTile <= token && token < at.length;
+        weights[i] = meets ? dd_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 0.0f;
+      }
+      __syncthreads();
+      product(weights, kTile, 1, plain, ld, 1, kTile, kTile, rows, h, ld, true);
+    }
+  }
+  __syncthreads();
+  if (x.rope_both) turn_back(x, at, first, dim, h, ld);
+  const bool pola = is_pola(x.map), cosine = x.map == FeatureMap::cosine;
+  for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
+    const std::int64_t token = first + t;
+    T* const to = dk + ((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * dim;
+    const float r = key.r[t];
+    float along = 0;
+    for (int c = threadIdx.x % 32; c < dim && cosine; c += 32) {
+      const float k = key.x[t * key.ldx + c], a = fabsf(k);
+      float turned;
+      magnitude(x, key, t, c, h, x.key_power == 3.0f ? a * a * a : power(a, x.key_power), turned);
+      along += turned * k / r;
+    }
+    along = warp_sum(along) / r;
+    for (int c = threadIdx.x % 32; c < dim; c += 32) {
+      const float k = key.x[t * key.ldx + c], a = fabsf(k);
+      const float p = pola ? x.params[kv * dim + c] : x.key_power;
+      const float m = p == 3.0f ? a * a * a : power(a, p);
+      float turned;
+      const float e = magnitude(x, key, t, c, h, m, turned);
+      // p |k|^(p - 1) with k's sign; 0 for k = 0, whatever p is.
+      const float slope = p == 3.0f ? 3.0f * a * k : (k == 0.0f ? 0.0f : p * copysignf(exp2f((p - 1.0f) * log2f(a)), k));
+      if (token < at.length) to[c] = from_float<T>(slope * e + (turned - k * along) / r);
+      if (pola) key.f[t * ld + c] = token < at.length ? e * m * log2_or_0(a) * kLn2 : 0.0f;
+    }
+  }
+  if (!pola) return;
+  __syncthreads();
+  for (int c = threadIdx.x; c < dim; c += kThreads) {
+    float sum = 0;
+    for (int t = 0; t < kTile; ++t) sum += key.f[t * ld + c];
+    dparams[(static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + kv) * dim + c] = sum;
+  }
+}
+
+std::size_t shared_bytes(const Problem& x) {
+  const std::size_t dim = static_cast<std::size_t>(x.dim);
+  const std::size_t tile = kTile * ((dim | 1) + 2 * (2 * dim + 1) + 4);
+  return sizeof(float) * (2 * tile + kTile * (2 * dim + 1) + 3 * kTile * kColumns + kTile * kTile + 5 * kTile);
+}
+
+}  // namespace
+
+void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
+                 const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream) {
+  if (tiles.count == 0) return;
+  const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
+  visit_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    LAUNCH((nla_queries_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, s, z,
+           static_cast<const T*>(grad), static_cast<T*>(dq), static_cast<T*>(dgate), d, dd, dparams);
+  });
+}
+
+void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
+                    float* ds, float* dz, void* stream) {
+  if (parts.count == 0) return;
+  const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.q_heads),
+                  static_cast<unsigned>((x.v_dim + kColumns - 1) / kColumns));
+  const std::size_t dim = static_cast<std::size_t>(x.dim), tile = kTile * ((dim | 1) + 2 * (2 * dim + 1) + 4);
+  const std::size_t shared = sizeof(float) * (tile + kTile * kColumns + 2 * dim * (kColumns + 1) + 2 * kTile);
+  visit_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd, ds,
+           dz);
+  });
+}
+
+void nla_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad, const float* d,
+              const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams, void* stream) {
+  if (tiles.count == 0) return;
+  const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
+  visit_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    LAUNCH((nla_keys_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, static_cast<const T*>(grad), d,
+           dd, ds, dz, static_cast<T*>(dk), static_cast<T*>(dv), dparams);
+  });
+}
+
+}  // namespace cuda
+}  // namespace pyelastic

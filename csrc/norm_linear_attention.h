@@ -1,0 +1,137 @@
+// norm_linear_attention: the contract of its kernels.
+//
+// Per query head h (kv head h / (q_heads / kv_heads)), with R_n the rotation of both halves by position n, or none:
+//   phi_q(q) = [w 1(q > 0); w 1(q < 0)], w = (|q| / r)^p, r = sqrt(|q|^2 + norm_eps^2), p = lam (tau + tanh(beta r))
+//   phi_k(k) = [m 1(k > 0); m 1(k < 0)], m = |k|^key_power                                             (split)
+//   phi_q = [w cos th; w sin th], th = pi/4 tanh(alpha q / r), and phi_k = [m cos th'; m sin th'] of k / |k|  (cosine)
+//   both = [x+^P; x-^P] with a power P per channel; the opposite map swaps phi_q's halves               (pola)
+//   both = elu(x) + 1, of d features                                                                   (mala)
+//   S = s0 + sum_j R phi_k(k_j) v_j^T,  z = z0 + sum_j phi_k(k_j)   (rope_both: of R phi_k, and phi_q below too)
+//   D_i = phi_q(q_i) . z + eps e,  o_i = S^T R phi_q(q_i) / D_i,  e = tokens in z if `mean`, else 1
+//   mala: x = phi_q . z / (sqrt(d) e), o_i = (1 + 1 / (x + eps)) S^T R phi_q / (sqrt(d) e) - x V / e, V = sum of values,
+//   which is the last row of S
+//   o_i *= silu(gate_i)
+// where sums run over the sequence, or, causal, over j <= i. A feature of 0^p is 0, and so is its gradient; a zero query
+// has o = 0. A NaN in a row of q reaches that row of o, one in k or v all rows that attend to it. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
+//
+// Conventions. T is the compute type, float or double; features, sums and gradients are made in it. Data of q, k, v,
+// gate, o and their gradients has `dtype` and a contiguous last dimension. States are contiguous,
+// S [sequences, kv_heads, rows, v_dim] with rows in the order of the features (2 dim, or dim + 1 for mala),
+// z [sequences, kv_heads, features]. Sequence s is batch s, or, packed, tokens offsets[s] .. offsets[s + 1] - 1 of batch
+// 0. Its token i is at position start[s] + i of the tables. Deterministic; nothing aliases but where said.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace pyelastic {
+
+enum class FeatureMap : int { split = 0, cosine = 1, pola = 2, pola_opposite = 3, mala = 4 };
+
+// [batch, tokens, heads, width]; strides in elements.
+struct HeadsView {
+  void* data;  // null: none
+  std::int64_t batch, token, head;
+};
+
+template <class T>
+struct NormLinearAttention {
+  Dtype dtype;
+  std::int64_t sequences, queries, keys;  // tokens per batch; packed: of all
+  std::int64_t q_heads, kv_heads, dim, v_dim;
+  HeadsView q, k, v, gate;
+  const T* params;  // [3, q_heads]: lam, tau, beta; pola: P [q_heads, dim]; mala: null
+  const T *sin, *cos;  // [positions, dim / 2] or null; pairs are (2j, 2j + 1)
+  const std::int64_t *start, *offsets;  // [sequences] or null (0); [sequences + 1] or null
+  const T *s0, *z0;  // or null
+  const std::int64_t* count;  // [sequences] or null (0): tokens in s0, z0
+  FeatureMap map;
+  bool rope_both, causal, mean;
+  T key_power, alpha, eps, norm_eps;
+};
+
+// Sequences are cut into parts of `part` tokens, a multiple of kNlaTile; part j of sequence s is slot first[s] + j.
+constexpr std::int64_t kNlaTile = 64;
+
+// CPU. Arrays per slot are [slots, kv_heads, ..] in the compute type.
+struct NlaParts {
+  std::int64_t part;
+  const std::int64_t *first_q, *first_k;  // [sequences + 1], of queries and of keys
+};
+
+template <class T>
+struct NlaKernels {
+  // Sums of each part's keys: s [slots, kv_heads, rows, v_dim], z [slots, kv_heads, features].
+  void (*states)(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, int threads);
+  // x [slots, heads, width] -> total [sequences, heads, width] = initial (or 0) + the parts in their order, or in the
+  // reverse one; `exclusive`: each part becomes the sum before it.
+  void (*scan)(const std::int64_t* first, std::int64_t sequences, std::int64_t heads, std::int64_t width, const T* initial,
+               bool exclusive, bool reverse, T* parts, T* total, int threads);
+  // o [batch, queries, q_heads, v_dim] contiguous, of x.dtype. s, z: bidirectional, the whole's; causal, those before each
+  // slot. Causal with one part a sequence: s_end, z_end [sequences, ..] receive the state, and may be x.s0 and x.z0.
+  void (*forward)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end,
+                  T* z_end, int threads);
+};
+
+template <class T>
+struct NlaBackward {
+  // From grad, as o: dq and dgate (or null) contiguous, of x.dtype; d and dd [batch, queries, q_heads], the denominator and
+  // its gradient; ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
+  void (*queries)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad,
+                  void* dq, void* dgate, T* d, T* dd, T* ds, T* dz, double* dparams, int threads);
+  // dk, dv contiguous, of x.dtype. ds, dz: bidirectional, the whole's; causal, gradients of the state after each slot, which
+  // become those before it. dparams, pola: [slots of keys, kv_heads, dim].
+  void (*keys)(const NormLinearAttention<T>& x, const NlaParts& parts, const void* grad, const T* d, const T* dd, T* ds,
+               T* dz, void* dk, void* dv, double* dparams, int threads);
+};
+
+#define PYELASTIC_DECLARE(ISA)                            \
+  namespace ISA {                                         \
+  extern const NlaKernels<float> nla_float;               \
+  extern const NlaKernels<double> nla_double;             \
+  extern const NlaBackward<float> nla_backward_float;     \
+  extern const NlaBackward<double> nla_backward_double;   \
+  }
+PYELASTIC_DECLARE(baseline)
+PYELASTIC_DECLARE(avx2)
+PYELASTIC_DECLARE(avx512)
+#undef PYELASTIC_DECLARE
+
+// CUDA: float32 throughout, widths up to kNlaWidest. All pointers are the device's; asynchronous on `stream`.
+namespace cuda {
+
+constexpr std::int64_t kNlaTokens = 16;   // of a tile
+constexpr std::int64_t kNlaWidest = 128;  // dim and v_dim
+
+// How blocks divide the sequences into pieces (tiles or parts): `count` of them in all and `each` per sequence; packed:
+// the sequence of each and its place in it.
+struct NlaSlots {
+  std::int64_t count, each;
+  const std::int64_t *sequence, *place;
+};
+
+// Sums over each part of `part` tokens: s [parts, kv_heads, rows, v_dim], z [parts, kv_heads, features].
+void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream);
+// As NlaKernels::scan, of `tokens` per sequence in parts of `part`, `each` of them.
+void nla_scan(const NormLinearAttention<float>& x, std::int64_t tokens, std::int64_t part, std::int64_t each,
+              std::int64_t width, const float* initial, bool exclusive, bool reverse, float* parts, float* total,
+              void* stream);
+// s, z: of the whole, or causal, before each part; each: parts of a sequence.
+void nla_forward(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
+                 const float* z, void* o, void* stream);
+// d, dd [batch * queries, q_heads]; dparams [tiles, q_heads, 3], pola [tiles, q_heads, dim].
+void nla_queries(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
+                 const float* z, const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams,
+                 void* stream);
+// Sums over the queries of each part: ds [parts, q_heads, rows, v_dim], dz [parts, q_heads, features].
+void nla_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const void* grad,
+                    const float* d, const float* dd, float* ds, float* dz, void* stream);
+// ds, dz: of the whole, or causal, after each part; dparams, pola: [tiles, kv_heads, dim].
+void nla_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad,
+              const float* d, const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams,
+              void* stream);
+
+}  // namespace cuda
+
+}  // namespace pyelastic

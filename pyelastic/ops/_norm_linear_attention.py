@@ -1,0 +1,126 @@
+"""What norm_linear_attention's launchers share: the raw ops' arguments, their sizes, and the problem as C++ takes it.
+
+Contract of the kernels: csrc/norm_linear_attention.h.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyelastic.eager.norm_linear_attention import MALA, POLA, POLA_OPPOSITE, statistics_dtype
+from pyelastic.ops._binding import DTYPES, pointer
+
+
+class LinearAttentionState(NamedTuple):
+    """What a prefix of the tokens leaves behind: all that later tokens read.
+
+    s: [sequences, Hk, 2 d, dv], the sum of (rotated) key features times values, float32 (float64 for float64 inputs).
+    z: [sequences, Hk, 2 d], the sum of key features, likewise. tokens: [sequences] int64, how many were summed.
+    """
+
+    s: Tensor
+    z: Tensor
+    tokens: Tensor
+
+
+class Inputs(NamedTuple):
+    """Arguments of the raw ops, in their schema's order.
+
+    q [B, N, Hq, d], k [B, M, Hk, d], v [B, M, Hk, dv], gate [B, N, Hq, dv] or None, all of one dtype T and any strides.
+    params: [3, Hq] (lam, tau, norm_scale), of a PolaFormer map [Hq, d] (powers), of MALA's None. sin, cos
+    [positions, d / 2]. start, count0 [sequences] int64: position of each sequence's first token, and tokens in s0, z0.
+    cu_seqlens [sequences + 1] int64, with B = 1 and N = M. s0 [sequences, Hk, rows, dv], z0 [sequences, Hk, features].
+    params, sin, cos, s0 and z0 in the compute type.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    params: Tensor | None
+    gate: Tensor | None
+    sin: Tensor | None
+    cos: Tensor | None
+    start: Tensor | None
+    cu_seqlens: Tensor | None
+    s0: Tensor | None
+    z0: Tensor | None
+    count0: Tensor | None
+    map: int
+    rope_both: bool
+    causal: bool
+    mean: bool
+    key_power: float
+    alpha: float
+    eps: float
+    norm_eps: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return statistics_dtype(self.q)
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def features(self) -> int:
+        return self.q.shape[-1] * (1 if self.map == MALA else 2)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the state: one per feature, and for MALA the sum of the values."""
+        return self.features + (self.map == MALA)
+
+    @property
+    def pola(self) -> bool:
+        return self.map in (POLA, POLA_OPPOSITE)
+
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        lead = (self.sequences, self.k.shape[2])
+        return (*lead, self.rows, self.v.shape[-1]), (*lead, self.features)
+
+    def output_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    def detached(self) -> Inputs:
+        """The same without gradients."""
+        plain: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in self]
+        return Inputs(*plain)
+
+    def readable(self) -> Inputs:
+        """The same with the last dimension of each tensor contiguous and small tensors contiguous: kernels' terms."""
+        names = ("params", "sin", "cos", "start", "cu_seqlens", "s0", "z0", "count0")
+        small = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {name: t.contiguous() for name, t in small.items() if t is not None}
+        changed |= {name: last_contiguous(getattr(self, name)) for name in ("q", "k", "v")}
+        if self.gate is not None:
+            changed["gate"] = last_contiguous(self.gate)
+        return self._replace(**changed)
+
+    def problem(self) -> tuple[Any, ...]:
+        """What every binding takes first (csrc/bindings_norm_linear_attention.h), of ``readable`` inputs."""
+        sizes = (self.sequences, self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2], self.q.shape[3])
+        scalars = (self.map, self.rope_both, self.causal, self.mean)
+        optional = (self.params, self.sin, self.cos, self.start, self.cu_seqlens, self.s0, self.z0, self.count0)
+        return (
+            DTYPES[self.q.dtype],
+            (*sizes, self.v.shape[3]),
+            (view(self.q), view(self.k), view(self.v), view(self.gate)),
+            tuple(map(pointer, optional)),
+            scalars,
+            (self.key_power, self.alpha, self.eps, self.norm_eps),
+        )
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x itself if its last dimension has stride 1, which the kernels expect; else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def view(x: Tensor | None) -> tuple[int, int, int, int]:
+    """(pointer, strides of batch, token and head in elements) of x [B, N, H, .]."""
+    return (0, 0, 0, 0) if x is None else (pointer(x), x.stride(0), x.stride(1), x.stride(2))

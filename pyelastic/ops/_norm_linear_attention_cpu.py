@@ -1,0 +1,161 @@
+"""Launcher of norm_linear_attention's CPU kernels: parts, scratch, and the order of the passes.
+
+Contract of the kernels: csrc/norm_linear_attention.h.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyelastic import _extension
+from pyelastic.ops._binding import pointer
+from pyelastic.ops._norm_linear_attention import Inputs
+
+TILE = 64
+# Tokens of a part, and heads of all sequences from which on a causal sequence is one part: fixed, so that no bit
+# depends on the number of threads.
+PART, SERIAL_HEADS = 256, 16
+Pair = tuple[Tensor, Tensor]
+
+
+class _Problem:
+    """A call's tensors as the kernels take them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.x = x = inputs.detached().readable()
+        self.suffix = "_f64" if x.dtype == torch.float64 else "_f32"
+        self.extension = _extension.load()
+        self.threads = torch.get_num_threads()
+        self.problem = x.problem()
+        # One walk over each sequence, whose state goes from tile to tile: no sums of parts in memory.
+        longest = max(x.q.shape[1], x.k.shape[1], 1)
+        self.serial = x.causal and (x.sequences * x.k.shape[2] >= SERIAL_HEADS or longest <= PART)
+        self.part = -(-longest // TILE) * TILE if self.serial else PART
+        self.first_q, self.first_k = (self._first(t.shape[1]) for t in (x.q, x.k))
+        self.parts = (self.part, self.first_q.data_ptr(), self.first_k.data_ptr())
+
+    def _first(self, tokens: int) -> Tensor:
+        """Place of each sequence's first part, and how many there are."""
+        if self.serial:
+            return torch.arange(self.x.sequences + 1)
+        offsets = self.x.cu_seqlens
+        if offsets is None:
+            return torch.arange(self.x.sequences + 1) * -(-tokens // self.part)
+        counts = (offsets.diff() + self.part - 1) // self.part
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        getattr(self.extension, f"norm_linear_attention_{name}{self.suffix}")(*arguments, self.threads)
+
+    def slots(self, first: Tensor) -> Pair:
+        """Room for a state per part."""
+        (_, heads, rows, v_dim), (_, _, features) = self.x.state_shapes()
+        count = int(first[-1])
+        made = (torch.empty(count, heads, n, dtype=self.x.dtype) for n in (rows * v_dim, features))
+        return next(made), next(made)
+
+    def scan(
+        self, first: Tensor, parts: Pair, initial: tuple[Tensor | None, Tensor | None], reverse: bool
+    ) -> Pair:
+        """The sums of all parts; causal: each part becomes the sum before it."""
+        found = []
+        for part, start, shape in zip(parts, initial, self.x.state_shapes(), strict=True):
+            total = torch.empty(shape, dtype=self.x.dtype)
+            start = None if start is None else start.contiguous()
+            self.call(
+                "scan",
+                first.data_ptr(),
+                shape[0],
+                shape[1],
+                part.shape[2],
+                pointer(start),
+                self.x.causal,
+                reverse,
+                part.data_ptr(),
+                total.data_ptr(),
+            )
+            found.append(total)
+        return found[0], found[1]
+
+    def initial(self) -> Pair:
+        """s0 and z0, or zeros: a copy that may be written."""
+        given = zip((self.x.s0, self.x.z0), self.x.state_shapes(), strict=True)
+        made = (torch.zeros(shape, dtype=self.x.dtype) if t is None else t.clone() for t, shape in given)
+        return next(made), next(made)
+
+    def states(self) -> tuple[Pair, Pair]:
+        """What ``forward`` reads, and the state after all tokens (serial: before any)."""
+        if self.serial:
+            start = self.initial()
+            return start, start
+        parts = self.slots(self.first_k)
+        self.call("states", self.problem, self.parts, *map(pointer, parts))
+        whole = self.scan(self.first_k, parts, (self.x.s0, self.x.z0), False)
+        return (parts if self.x.causal else whole), whole
+
+    def forward(self, read: Pair, ends: Pair | None) -> Tensor:
+        o = torch.empty(self.x.output_shape(), dtype=self.x.q.dtype)
+        ends_at = (0, 0) if ends is None else tuple(map(pointer, ends))
+        self.call("forward", self.problem, self.parts, *map(pointer, read), pointer(o), *ends_at)
+        return o
+
+    def backward(self, s: Tensor, z: Tensor, grad: Tensor, after: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
+        x = self.x
+        read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
+        grad = grad.contiguous()
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (x.q, x.k, x.v))
+        dgate = torch.empty(x.output_shape() if x.gate is not None else (0,), dtype=x.q.dtype)
+        d, dd = (torch.empty(x.q.shape[:3], dtype=x.dtype) for _ in range(2))
+        width = x.q.shape[3] if x.pola else 3
+        dparams = torch.empty(int(self.first_q[-1]), x.q.shape[2], width, dtype=torch.float64)
+        parts = None if self.serial else self.slots(self.first_q)
+        at = (0, 0) if parts is None else tuple(map(pointer, parts))
+        outs = map(pointer, (dq, dgate if x.gate is not None else None, d, dd))
+        self.call(
+            "queries", self.problem, self.parts, *map(pointer, read), pointer(grad), *outs, *at, pointer(dparams)
+        )
+        if parts is None:
+            ends = zip(after, x.state_shapes(), strict=True)
+            made = (torch.zeros(n, dtype=x.dtype) if t is None else t.contiguous().clone() for t, n in ends)
+            first = total = next(made), next(made)
+        else:
+            total = self.scan(self.first_q, parts, after, True)
+            first = parts if x.causal else total
+        dpowers = torch.empty(int(self.first_k[-1]) if x.pola else 0, x.k.shape[2], width, dtype=torch.float64)
+        inputs = map(pointer, (grad, d, dd, *first, dk, dv, dpowers))
+        self.call("keys", self.problem, self.parts, *inputs)
+        # In the order of the parts, whatever the number of threads.
+        sums = dparams.cumsum(0)[-1:].sum(0)
+        sums = sums + dpowers.cumsum(0)[-1:].sum(0) if x.pola else sums.mT.contiguous()
+        return [dq, dk, dv, sums.to(x.dtype), dgate, *total]
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw op ``norm_linear_attention_fwd.cpu``: o, and the state after all tokens."""
+    problem = _Problem(Inputs(*arguments))
+    read, whole = problem.states()
+    o = problem.forward(read, whole if problem.serial else None)
+    return o, *whole
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The raw op ``norm_linear_attention_bwd.cpu``: gradients in the order of ``needs``."""
+    *inputs, s, z, grad, grad_s, grad_z, needs = arguments
+    made = _Problem(Inputs(*inputs)).backward(s, z, grad, (grad_s, grad_z))
+    return tuple(x if need else x.new_empty(0, dtype=inputs[0].dtype) for x, need in zip(made, needs, strict=True))
+
+
+def advance(inputs: Inputs) -> Tensor:
+    """A causal forward that leaves the state after its tokens in s0 and z0."""
+    assert inputs.s0 is not None and inputs.z0 is not None
+    problem = _Problem(inputs)
+    if problem.serial:
+        return problem.forward((inputs.s0, inputs.z0), (inputs.s0, inputs.z0))
+    read, whole = problem.states()
+    o = problem.forward(read, None)
+    inputs.s0.copy_(whole[0])
+    inputs.z0.copy_(whole[1])
+    return o

@@ -1,0 +1,62 @@
+"""Launcher of norm_linear_attention's CUDA kernels. Contract: csrc/norm_linear_attention.h."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyelastic import _extension
+from pyelastic.ops import _norm_linear_attention_gpu as gpu
+from pyelastic.ops._binding import pointer
+from pyelastic.ops._norm_linear_attention import Inputs
+from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces
+
+TILE = 16  # kNlaTokens
+
+
+class _Problem(gpu.GpuProblem):
+    tile = TILE
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.module, emulated = _extension.load_cuda()
+        self.stream = 0 if emulated else torch.cuda.current_stream(self.device).cuda_stream
+        self.problem = self.x.problem()
+
+    def call(self, name: str, *arguments: Any) -> None:
+        plain = (pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
+        getattr(self.module, f"cuda_norm_linear_attention_{name}")(self.problem, *plain, self.stream)
+
+    @staticmethod
+    def places(pieces: Pieces) -> tuple[int, int, int, int]:
+        return (pieces.total, pieces.each, pointer(pieces.sequence), pointer(pieces.place))
+
+    def run_state(self, pieces: Pieces, parts: Pair) -> None:
+        self.call("state", self.places(pieces), self.part, *parts)
+
+    def run_scan(
+        self, tokens: int, each: int, width: int, initial: Tensor | None, reverse: bool, parts: Tensor, total: Tensor
+    ) -> None:
+        self.call("scan", tokens, self.part, each, width, initial, self.x.causal, reverse, parts, total)
+
+    def run_forward(self, pieces: Pieces, read: Pair, o: Tensor) -> None:
+        self.call("forward", self.places(pieces), self.part, self.parts_of(self.m), *read, o)
+
+    def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
+        self.call("queries", self.places(pieces), self.part, self.parts_of(self.m), *read, *tensors)
+
+    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, parts: Pair) -> None:
+        self.call("grad_state", self.places(pieces), self.part, grad, d, dd, *parts)
+
+    def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
+        self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), *tensors)
+
+
+# The raw ops' implementations.
+forward: Any = partial(gpu.forward, _Problem)
+backward: Any = partial(gpu.backward, _Problem)
+advance: Any = partial(gpu.advance, _Problem)
+why_not = gpu.why_not

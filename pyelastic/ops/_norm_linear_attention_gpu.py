@@ -1,0 +1,185 @@
+"""What norm_linear_attention's launchers for GPUs share: pieces of sequences, scratch, and the order of the passes.
+
+A backend is a subclass with a method per kernel. Nothing here synchronises: where sequences are packed, which program
+works on which of them is computed on the device. Algorithm: triton_kernels/norm_linear_attention*.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyelastic.eager.norm_linear_attention import MALA
+from pyelastic.ops._norm_linear_attention import Inputs
+
+WIDEST = 128  # of d and dv
+CHUNK = 128  # tokens of a part in the causal form
+SPLITS = 16  # parts a long bidirectional sequence is summed in at most: an estimate, not measured
+Pair = tuple[Tensor, Tensor]
+
+
+class Pieces(NamedTuple):
+    """Tiles or parts: how many of all sequences, of each, and of packed ones each piece's sequence and place in it."""
+
+    total: int
+    each: int
+    sequence: Tensor | None
+    place: Tensor | None
+
+
+def why_not(dim: int, v_dim: int, map: int) -> str | None:
+    """What the kernels lack."""
+    if map == MALA:
+        return "MALA's readout is not implemented in the kernels"
+    if max(dim, v_dim) > WIDEST:
+        return f"heads are {dim} wide and values {v_dim}; the kernels take up to {WIDEST}"
+    return None
+
+
+def guard(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class GpuProblem:
+    """A call's tensors as the kernels take them."""
+
+    tile: int  # tokens, set by the backend
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.x = x = inputs.detached().readable()
+        self.device = x.q.device
+        self.batch, self.n, self.heads, self.d = x.q.shape
+        self.m, self.kv_heads, self.dv = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+        self.part = CHUNK
+        if not x.causal:  # few parts, but several where a sequence is long
+            longest = max(self.n, self.m, 1)
+            self.part = max(self.part, 1 << (-(-longest // SPLITS) - 1).bit_length())
+
+    # Kernels; contract: csrc/norm_linear_attention.h.
+    def run_state(self, pieces: Pieces, parts: Pair) -> None:
+        raise NotImplementedError
+
+    def run_scan(
+        self, tokens: int, each: int, width: int, initial: Tensor | None, reverse: bool, parts: Tensor, total: Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    def run_forward(self, pieces: Pieces, read: Pair, o: Tensor) -> None:
+        raise NotImplementedError
+
+    def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, parts: Pair) -> None:
+        raise NotImplementedError
+
+    def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
+        raise NotImplementedError
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def parts_of(self, tokens: int) -> int:
+        """Parts of a sequence that is not packed."""
+        return -(-tokens // self.part)
+
+    def pieces(self, tokens: int, size: int) -> Pieces:
+        each = -(-tokens // size)
+        offsets = self.x.cu_seqlens
+        if offsets is None:
+            return Pieces(self.x.sequences * each, each, None, None)
+        # A sequence's pieces begin at offset // size + its number: there is always room for those before it.
+        count = tokens // size + self.x.sequences
+        slots = torch.arange(count, device=self.device)
+        firsts = offsets[:-1] // size + torch.arange(self.x.sequences, device=self.device)
+        sequence = torch.searchsorted(firsts, slots, right=True) - 1
+        return Pieces(count, each, sequence, slots - firsts[sequence])
+
+    def scan(self, parts: Pair, initial: tuple[Tensor | None, Tensor | None], tokens: int, reverse: bool) -> Pair:
+        """The sums of all parts; causal: each part's place is left with the sum before it."""
+        found = []
+        for part, start, shape in zip(parts, initial, self.x.state_shapes(), strict=True):
+            out = self.empty(*shape)
+            if out.numel():
+                start = None if start is None else start.contiguous()
+                self.run_scan(tokens, self.parts_of(tokens), out[0, 0].numel(), start, reverse, part, out)
+            found.append(out)
+        return found[0], found[1]
+
+    def slots(self, count: int, heads: int) -> Pair:
+        """Room for the states of parts."""
+        return self.empty(count, heads, 2 * self.d, self.dv), self.empty(count, heads, 2 * self.d)
+
+    def states(self) -> tuple[Pair, Pair]:
+        """((before each part, or for the bidirectional form the whole), (s, z) of the whole)."""
+        pieces = self.pieces(self.m, self.part)
+        parts = self.slots(pieces.total, self.kv_heads)
+        if pieces.total:
+            self.run_state(pieces, parts)
+        whole = self.scan(parts, (self.x.s0, self.x.z0), self.m, False)
+        return (parts if self.x.causal else whole), whole
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        read, whole = self.states()
+        o = self.empty(*self.x.output_shape(), dtype=self.x.q.dtype)
+        if o.numel():
+            self.run_forward(self.pieces(self.n, self.tile), read, o)
+        return o, *whole
+
+    def backward(
+        self, s: Tensor, z: Tensor, grad: Tensor, grad_s: Tensor | None, grad_z: Tensor | None
+    ) -> list[Tensor]:
+        x = self.x
+        read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
+        dtype, group = x.q.dtype, self.heads // self.kv_heads
+        grad = grad.contiguous()
+        dq, dk, dv = (self.empty(*t.shape, dtype=dtype) for t in (x.q, x.k, x.v))
+        dgate = self.empty(*x.output_shape(), dtype=dtype) if x.gate is not None else self.empty(0, dtype=dtype)
+        rows = self.batch * self.n
+        d, dd = self.empty(rows, self.heads), self.empty(rows, self.heads)
+        tiles = self.pieces(self.n, self.tile)
+        # Tiles of packed sequences that have no tokens write nothing.
+        dparams = torch.zeros(tiles.total, self.heads, self.d if x.pola else 3, device=self.device)
+        if dq.numel():
+            self.run_queries(tiles, read, grad, dq, dgate if x.gate is not None else None, d, dd, dparams)
+        pieces = self.pieces(self.n, self.part)
+        parts = self.slots(pieces.total, self.heads)
+        if pieces.total and self.heads:
+            self.run_grad_state(pieces, grad, d, dd, parts)
+        if group > 1:
+            made = [t.unflatten(1, (self.kv_heads, group)).sum(2) for t in parts]
+            parts = made[0], made[1]
+        ds, dz = self.scan(parts, (grad_s, grad_z), self.n, True)
+        after = parts if x.causal else (ds, dz)
+        tiles = self.pieces(self.m, self.tile)
+        dpowers = torch.zeros(tiles.total if x.pola else 0, self.kv_heads, self.d, device=self.device)
+        if dk.numel():
+            self.run_keys(tiles, grad, d, dd, *after, dk, dv, dpowers)
+        total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
+        return [dq, dk, dv, total, dgate, ds, dz]
+
+
+def forward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with guard(arguments[0].device):
+        return problem(Inputs(*arguments)).forward()
+
+
+def backward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients in the order of the raw op's ``needs``."""
+    *inputs, s, z, grad, grad_s, grad_z, needs = arguments
+    with guard(grad.device):
+        made = problem(Inputs(*inputs)).backward(s, z, grad, grad_s, grad_z)
+    return tuple(x if need else x.new_empty(0, dtype=inputs[0].dtype) for x, need in zip(made, needs, strict=True))
+
+
+def advance(problem: type[GpuProblem], inputs: Inputs) -> Tensor:
+    """A causal forward that leaves the state after its tokens in s0 and z0."""
+    assert inputs.s0 is not None and inputs.z0 is not None
+    with guard(inputs.q.device):
+        o, s, z = problem(inputs).forward()
+    inputs.s0.copy_(s)
+    inputs.z0.copy_(z)
+    return o

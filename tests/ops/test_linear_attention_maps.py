@@ -1,0 +1,99 @@
+"""PolaFormer's and MALA's maps against their formulas, written out with all weights."""
+
+import backends
+import pytest
+import torch
+from norm_linear_attention_cases import BACKENDS, OP, over_backends
+from torch import Tensor
+from torch.nn import functional as F
+
+import pyelastic
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def polaformer(q: Tensor, k: Tensor, v: Tensor, power: Tensor, scale: Tensor, eps: float, causal: bool) -> Tensor:
+    """All [N, N] weights, heads first."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    p, s = power[:, None], scale[:, None]
+    qp, qn, kp, kn = (F.relu(x / s) ** p for x in (q, -q, k, -k))
+    outputs = []
+    for part, weights in zip(v.chunk(2, -1), (qp @ kp.mT + qn @ kn.mT, qp @ kn.mT + qn @ kp.mT), strict=True):
+        weights = weights.tril() if causal else weights
+        n = torch.arange(1, q.shape[2] + 1).double()[:, None] if causal else q.shape[2]
+        outputs.append(weights @ part / (weights.sum(-1, keepdim=True) + eps * n))
+    return torch.cat(outputs, -1).transpose(1, 2)
+
+
+@over_backends
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("d", (6, 33))
+def test_polaformer(backend: str, causal: bool, d: int) -> None:
+    dtype = backends.widest(OP, backend)
+    device = backends.device_of(backend)
+    case = (draw(2, 40, 2, d), draw(2, 40, 2, d, seed=1), draw(2, 40, 2, 6, seed=2))
+    power, scale = 1 + 2 * torch.rand(2, d, dtype=torch.float64), 0.5 + torch.rand(2, d, dtype=torch.float64)
+    given = [x.to(dtype).double().requires_grad_() for x in (*case, power, scale)]
+    want = polaformer(*given, 1e-3, causal)
+    upstream = draw(*want.shape, seed=3)
+    want.backward(upstream)
+    leaves = [x.detach().to(device, dtype).requires_grad_() for x in given]
+    o = pyelastic.polaformer_attention(*leaves[:4], scale=leaves[4], eps=1e-3, causal=causal, backend=backend)
+    o.backward(upstream.to(device, dtype))
+    limit = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-4}
+    torch.testing.assert_close(o.cpu().double(), want.detach(), **limit)
+    for leaf, truth in zip(leaves, given, strict=True):
+        assert leaf.grad is not None and truth.grad is not None
+        size = truth.grad.abs().max()
+        torch.testing.assert_close(leaf.grad.cpu().double() / size, truth.grad / size, **limit)
+
+
+@pytest.mark.parametrize("rope", (False, True))
+def test_mala(rope: bool) -> None:
+    q, k, v = (draw(2, 12, 2, 8, seed=i).requires_grad_() for i in range(3))
+    tables = pyelastic.rope_tables(12, 8, dtype=torch.float64) if rope else None
+    fq, fk = (F.elu(x.transpose(1, 2)) + 1 for x in (q, k))
+    z = fq @ fk.mean(2, keepdim=True).mT * 8**-0.5
+    gq, gk = fq, fk
+    if tables is not None:
+        turn = torch.complex(tables[1], tables[0])
+        gq, gk = (
+            torch.view_as_real(torch.view_as_complex(f.unflatten(-1, (-1, 2))) * turn).flatten(-2) for f in (fq, fk)
+        )
+    values = v.transpose(1, 2)
+    want = gq @ (gk.mT @ values / 12) * 8**-0.5 * (1 + 1 / (z + 1e-6)) - z * values.mean(2, keepdim=True)
+    o = pyelastic.mala_attention(q, k, v, rope_tables=tables)
+    torch.testing.assert_close(o, want.transpose(1, 2), rtol=1e-9, atol=1e-9)
+    torch.autograd.gradcheck(
+        lambda *x: pyelastic.mala_attention(*x), [t[:1, :3, :1, :2].detach().requires_grad_() for t in (q, k, v)]
+    )
+
+
+def test_kernels_say_that_they_lack_mala() -> None:
+    q = torch.randn(1, 4, 1, 8)
+    for backend in BACKENDS:
+        if backend == "eager":
+            continue
+        with pytest.raises(pyelastic.BackendError, match="MALA's readout is not implemented"):
+            pyelastic.mala_attention(q, q, q, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"power": torch.ones(2, 3)}, r"power is \[2, 3\]; expected \[2, 4\]"),
+        ({"scale": torch.ones(4)}, r"scale is \[4\]; expected \[2, 4\]"),
+        ({"v": torch.ones(1, 5, 2, 3)}, "an even dv"),
+    ],
+)
+def test_wrong_polaformer(changes: dict[str, Tensor], message: str) -> None:
+    given = {
+        "q": torch.ones(1, 5, 2, 4),
+        "k": torch.ones(1, 5, 2, 4),
+        "v": torch.ones(1, 5, 2, 2),
+        "power": torch.ones(2, 4),
+    }
+    with pytest.raises(ValueError, match=message):
+        pyelastic.polaformer_attention(**{**given, **changes})

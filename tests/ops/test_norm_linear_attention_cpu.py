@@ -1,0 +1,89 @@
+"""The CPU kernels' own cases: parts and tiles, numbers of threads, instruction sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import backends
+import pytest
+import torch
+from norm_linear_attention_cases import call, compare, make, upstream_of
+from torch import Tensor
+
+from pyelastic.ops import _norm_linear_attention_cpu as launcher
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("heads", (1, 16))
+@pytest.mark.parametrize("n", (63, 64, 65, 128, 129, 200))
+def test_parts_and_tiles(causal: bool, heads: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several parts of two tiles, whose last one is short; 16 heads: one walk over the sequence."""
+    backends.require("cpu")
+    monkeypatch.setattr(launcher, "PART", 128 if n > 65 else 64)
+    case = make(1, n, heads=heads, d=4, dv=3, causal=causal, state=True, learned=True, rope="num", gate=n == 200)
+    compare("cpu", case, states=True)
+
+
+@pytest.mark.parametrize("rope", (None, "num", "both"))
+def test_parts_of_packed_sequences(rope: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.require("cpu")
+    monkeypatch.setattr(launcher, "PART", 64)
+    for causal in (False, True):
+        case = make(lengths=(130, 0, 64, 65, 1), heads=2, kv_heads=1, causal=causal, rope=rope, state=True)
+        compare("cpu", case, states=True)
+
+
+def test_ways_of_the_causal_form_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One walk, and parts whose states are summed first."""
+    backends.require("cpu")
+    case = make(1, 300, d=8, causal=True, dtype=torch.float64)
+    serial, _ = call("cpu", case, need=())
+    monkeypatch.setattr(launcher, "PART", 64)
+    parts, _ = call("cpu", case, need=())
+    for name, value in serial.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("heads", (1, 16))
+def test_thread_count_does_not_change_a_bit(
+    dtype: torch.dtype, causal: bool, heads: int, restore_threads: None
+) -> None:
+    backends.require("cpu")
+    case = make(1, 600, heads=heads, d=8, dv=8, causal=causal, learned=True, dtype=dtype)
+
+    def bits() -> dict[str, Tensor]:
+        made, leaves = call("cpu", case)
+        made["o"].backward(upstream_of(case)["o"])
+        grads = {n: x.grad for n, x in leaves.items() if x.grad is not None}
+        return {"o": made["o"].detach(), "s": made["s"].detach(), **grads}
+
+    torch.set_num_threads(1)
+    one = bits()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for name, value in bits().items():
+            assert torch.equal(value, one[name]), f"{name} differs between 1 and {threads} threads"
+
+
+def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """The choice is made once per process, so each instruction set needs its own; on one thread, for speed."""
+    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_lower_instruction_sets(isa: str) -> None:
+    """Options, widths and zeros once more; the best set runs in every other test."""
+    backends.require("cpu")
+    shown = child(isa, "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
+    best = child("", "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
+    if shown != isa or best == isa:
+        pytest.skip(f"this machine runs {best!r}, and {shown!r} if asked for {isa}")
+    chosen = "cpu and (test_options or test_widths or test_zero or test_key_power)"
+    file = str(Path(__file__).parent / "test_norm_linear_attention.py")
+    done = child(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout

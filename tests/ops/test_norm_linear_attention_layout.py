@@ -1,0 +1,223 @@
+"""Memory layouts, subsets of gradients, determinism, fuzzed calls: nothing but values may decide the result."""
+
+from typing import Any
+
+import backends
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import layouts, pairwise
+from norm_linear_attention_cases import (
+    BACKENDS,
+    OP,
+    Case,
+    call,
+    compare,
+    make,
+    over_backends,
+    upstream_of,
+)
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import pyelastic
+
+KINDS = ("contiguous", "packed", "heads first", "last first", "sliced", "offset", "expanded")
+
+
+def lay(x: Tensor, kind: str) -> Tensor:
+    """x [B, N, H, d] in another layout, beside NaNs; "expanded" repeats the first head at stride 0."""
+    x = x.detach()
+    b, n, h, d = x.shape
+    carrier = lambda *shape: torch.full(shape, torch.nan, dtype=x.dtype)  # noqa: E731
+    if kind == "contiguous":
+        return x.clone()
+    if kind == "expanded":
+        return x[:, :, :1].clone().expand_as(x)
+    out = {
+        "packed": lambda: carrier(b, n, 3, h, d)[:, :, 1],
+        "heads first": lambda: carrier(b, h, n, d).transpose(1, 2),
+        "last first": lambda: carrier(d, b, n, h).permute(1, 2, 3, 0),
+        "sliced": lambda: carrier(b, n + 2, h, d + 3)[:, 1:-1, :, 1:-2],
+        "offset": lambda: carrier(x.numel() + 1)[1:].view(x.shape),
+    }[kind]()
+    return out.copy_(x)
+
+
+@over_backends
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(("q", "k", "v", "g"), pairwise(q=KINDS, k=KINDS, v=KINDS, g=KINDS))
+def test_layouts(backend: str, causal: bool, q: str, k: str, v: str, g: str) -> None:
+    case = make(2, 7, causal=causal, gate=True, rope="num" if q > k else None)
+    assert case.gate is not None
+    laid = case.having(q=lay(case.q, q), k=lay(case.k, k), v=lay(case.v, v), gate=lay(case.gate, g))
+    compare(backend, laid, upstream={"o": lay(upstream_of(case)["o"], g)})
+
+
+@over_backends
+def test_heads_before_tokens(backend: str) -> None:
+    case = make(2, 5, gate=True, heads=4, kv_heads=2)
+    want, _ = call(backend, case, need=())
+    swapped = {n: getattr(case, n).transpose(1, 2) for n in ("q", "k", "v", "gate")}
+    given = {n: x.to(backends.device_of(backend)) for n, x in swapped.items()}
+    o = pyelastic.norm_linear_attention(**given, layout="bhnd", backend=backend)
+    assert torch.equal(o.transpose(1, 2), want["o"])
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+def test_a_packed_projection_is_not_copied(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyelastic.ops import _norm_linear_attention as launcher
+
+    qkv = torch.randn(2, 6, 3, 2, 8, device=backends.device_of(backend))
+    seen = []
+    original = launcher.last_contiguous
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(original(x) is x)
+        return original(x)
+
+    monkeypatch.setattr(launcher, "last_contiguous", spy)
+    pyelastic.norm_linear_attention(*qkv.unbind(2), backend=backend)
+    assert len(seen) >= 3 and all(seen)
+
+
+CHECKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True, "rope": "num", "learned": True},
+    {"mode": "cos", "rope": "both", "gate": True, "alpha": 3.0},
+    {"state": True, "causal": True, "heads": 2, "kv_heads": 1},
+)
+
+
+@over_backends
+@pytest.mark.parametrize("options", CHECKED, ids=str)
+def test_gradcheck(backend: str, options: dict[str, Any]) -> None:
+    """Finite differences of every input, with the gradient of o arriving in five layouts."""
+    backends.skip_unsupported(OP, backend, torch.float64)
+    case = make(1, 4, d=2, dv=2, dtype=torch.float64, eps=1e-2, **{"heads": 1, **options})
+    names = list(case.tensors)
+
+    def f(*values: Tensor) -> Tensor:
+        laid = case.having(**dict(zip(names, values, strict=True)))
+        state = None
+        if laid.s0 is not None:
+            state = pyelastic.LinearAttentionState(laid.s0, laid.z0, torch.tensor(laid.before))
+        o = pyelastic.norm_linear_attention(
+            laid.q,
+            laid.k,
+            laid.v,
+            gate=laid.gate,
+            lam=laid.lam,
+            tau=laid.tau,
+            norm_scale=laid.norm_scale,
+            mode=laid.mode,
+            rope=laid.rope,
+            rope_tables=laid.tables,
+            causal=laid.causal,
+            alpha=laid.alpha,
+            eps=laid.eps,
+            initial_state=state,
+            backend=backend,
+        )
+        assert isinstance(o, Tensor)
+        return o
+
+    inputs = tuple(value.requires_grad_() for value in case.tensors.values())
+    for name, wrapped in layouts(f):
+        assert gradcheck(wrapped, inputs), name
+
+
+def bits(backend: str, case: Case, need: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    made, leaves = call(backend, case, need)
+    if made["o"].requires_grad:
+        made["o"].backward(upstream_of(case)["o"].to(made["o"].device))
+    found = {n: x.grad for n, x in leaves.items() if x.grad is not None}
+    return {"o": made["o"].detach(), **found}
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], what: str = "") -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), f"{name} differs {what}"
+
+
+@over_backends
+@pytest.mark.parametrize("causal", (False, True))
+def test_gradients_only_where_needed(backend: str, causal: bool) -> None:
+    """Subsets of inputs: the gradients asked for, with the bits of the whole, and no others."""
+    case = make(1, 6, gate=True, state=True, learned=True, causal=causal)
+    whole = bits(backend, case)
+    names = list(case.tensors)
+    subsets = [(n,) for n in names] + [tuple(m for m in names if m != n) for n in names] + [()]
+    for need in subsets:
+        some = bits(backend, case, need)
+        assert set(some) == {"o", *need}
+        assert_equal(some, {name: whole[name] for name in some}, f"for {need}")
+
+
+@over_backends
+def test_inputs_are_unchanged(backend: str) -> None:
+    case = make(1, 6, gate=True, state=True, learned=True, causal=True)
+    before = {name: value.clone() for name, value in case.tensors.items()}
+    made, _ = call(backend, case)
+    upstream = upstream_of(case)["o"].to(made["o"].device)
+    kept = upstream.clone()
+    made["o"].backward(upstream)
+    assert torch.equal(upstream, kept)
+    assert_equal(before, case.tensors)
+
+
+@over_backends
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("causal", (False, True))
+def test_repeated_calls_are_bitwise_equal(backend: str, dtype: torch.dtype, causal: bool) -> None:
+    case = make(1, 70, d=8, learned=True, dtype=dtype, causal=causal)
+    first = bits(backend, case)
+    for _ in range(2):
+        assert_equal(first, bits(backend, case))
+
+
+@over_backends
+def test_order_of_tokens_does_not_matter(backend: str) -> None:
+    """Bidirectional, without RoPE: permuted keys give the same output, permuted queries permuted ones."""
+    case = make(2, 40, d=8)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    want = call(backend, case, need=())[0]["o"]
+    keys = call(backend, case.having(k=case.k[:, order], v=case.v[:, order]), need=())[0]["o"]
+    torch.testing.assert_close(keys, want, rtol=1e-4, atol=1e-5)
+    queries = call(backend, case.having(q=case.q[:, order]), need=())[0]["o"]
+    torch.testing.assert_close(queries, want[:, order.to(want.device)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_fuzz(backend: str, data: st.DataObject) -> None:
+    """Any sizes, dtypes and options against the truth."""
+    draw = data.draw
+    causal, kv = draw(st.booleans()), draw(st.integers(1, 2))
+    n = draw(st.integers(0, 40))
+    packed = draw(st.booleans())
+    case = make(
+        draw(st.integers(0, 2)),
+        n,
+        n if causal else draw(st.integers(1, 40)),
+        heads=kv * draw(st.integers(1, 2)),
+        kv_heads=kv,
+        d=2 * draw(st.integers(1, 10)),
+        dv=draw(st.integers(1, 20)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])),
+        gate=draw(st.booleans()),
+        state=draw(st.booleans()),
+        learned=draw(st.booleans()),
+        rope=draw(st.sampled_from([None, "num", "both"])),
+        lengths=draw(st.lists(st.integers(0, 20), min_size=1, max_size=4)) if packed else None,
+        mode=draw(st.sampled_from(["split", "cos"])),
+        causal=causal,
+        key_power=draw(st.sampled_from([1.0, 2.0, 3.0, 2.5])),
+        eps=draw(st.sampled_from([1e-6, 1e-2])),
+        eps_mode=draw(st.sampled_from(["mean", "sum"])),
+        seed=draw(st.integers(0, 999)),
+    )
+    compare(backend, case, states=True)

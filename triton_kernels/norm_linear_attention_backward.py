@@ -1,0 +1,457 @@
+"""norm_linear_attention in Triton, backward. Formulas: csrc/norm_linear_attention.h.
+
+Algorithm. `grad_queries`, a tile of queries each, makes dq and leaves the denominator D and its gradient per token;
+`grad_state` sums R phi_q y^T and phi_q dD over parts of a sequence, with y = g / D; `scan` adds the parts up, from the
+last on in the causal form, where it leaves the gradient of the state after each part; `grad_keys`, a tile of keys
+each, makes dk and dv. The causal form adds the tokens of the same part by their weights, as the forward pass does.
+Nothing is read from the forward pass but the states; o is made again only for the gate's gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .norm_linear_attention import (
+    COSINE,
+    LN2,
+    OPPOSITE,
+    POLA,
+    QUARTER,
+    SIZES,
+    add_sums,
+    cos_sin,
+    dot,
+    effective_eps,
+    first_part,
+    key_features,
+    load_angles,
+    load_pairs,
+    load_params,
+    load_state,
+    load_sums,
+    load_values,
+    locate,
+    log2_or_0,
+    norm_of,
+    power,
+    query_features,
+    store_state,
+    store_sums,
+    tanh_and_slope,
+    turn,
+    weights_of,
+)
+
+
+@triton.jit
+def gated(p_grad, p_gate, o_row, m_token, s_gate, o_token, o_v, DV: tl.constexpr, HAS_GATE: tl.constexpr):
+    """The gradient of the output before the gate [tokens, values]; o_row: rows of the contiguous gradient."""
+    g = load_values(p_grad, o_row, m_token, DV, o_v, DV)
+    if HAS_GATE:
+        gate = load_values(p_gate, o_token, m_token, s_gate, o_v, DV)
+        g = g * gate / (1.0 + tl.exp(-gate))
+    return g
+
+
+@triton.jit
+def magnitude_gradient(x, upper, lower):
+    """What reaches the magnitude of a channel, by its sign."""
+    return tl.where(x > 0, upper, tl.where(x < 0, lower, tl.where(x == 0, 0.0, x)))
+
+
+@triton.jit
+def query_gradient(
+    even, odd, a, b, c, d_ue, d_uo, d_le, d_lo, alpha, norm_eps, MAP: tl.constexpr
+):  # fmt: skip
+    """(dq even, dq odd, and sums over the row for lam, tau and beta; pola: the powers' gradients of each channel)."""
+    if MAP >= POLA:
+        if MAP == OPPOSITE:
+            d_ue, d_le, d_uo, d_lo = d_le, d_ue, d_lo, d_uo
+        e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
+        x_even, x_odd = tl.abs(even), tl.abs(odd)
+        w_even, w_odd = e_even * power(x_even, a), e_odd * power(x_odd, b)
+        dq_even = a * w_even / tl.where(even == 0, 1.0, even)
+        dq_odd = b * w_odd / tl.where(odd == 0, 1.0, odd)
+        first, second, third = w_even * log2_or_0(x_even) * LN2, w_odd * log2_or_0(x_odd) * LN2, 0.0
+    else:
+        r = norm_of(even, odd, norm_eps)
+        t, flat = tanh_and_slope(c * r)
+        p = a * (b + t)
+        u_even, u_odd = even / r[:, None], odd / r[:, None]
+        l_even, l_odd = log2_or_0(tl.abs(u_even)), log2_or_0(tl.abs(u_odd))
+        w_even = tl.where(u_even == 0, 0.0, tl.exp2(p[:, None] * l_even))
+        w_odd = tl.where(u_odd == 0, 0.0, tl.exp2(p[:, None] * l_odd))
+        if MAP == COSINE:
+            te, slope_even = tanh_and_slope(alpha * u_even)
+            to, slope_odd = tanh_and_slope(alpha * u_odd)
+            ce, se = cos_sin(te * QUARTER)
+            co, so = cos_sin(to * QUARTER)
+            n_even = w_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * slope_even
+            n_odd = w_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * slope_odd
+            e_even, e_odd = d_ue * ce + d_le * se, d_uo * co + d_lo * so
+            along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)
+        else:
+            e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
+            n_even, n_odd = 0.0, 0.0
+            along = 0.0 * r
+        w_even, w_odd = e_even * w_even, e_odd * w_odd
+        P = tl.sum(w_even * l_even + w_odd * l_odd, axis=1) * LN2
+        T = tl.sum(w_even + w_odd, axis=1)
+        # of the direction's length: p T / r^2 along q, and what the norm does to the exponent
+        pull = P * (a * c * flat) - (p * T + along) / r
+        dq_even = p[:, None] * w_even / tl.where(even == 0, 1.0, even) + pull[:, None] * u_even + n_even / r[:, None]
+        dq_odd = p[:, None] * w_odd / tl.where(odd == 0, 1.0, odd) + pull[:, None] * u_odd + n_odd / r[:, None]
+        first, second, third = P * (b + t), P * a, P * a * r * flat
+    return dq_even, dq_odd, first, second, third
+
+
+@triton.jit
+def key_gradient(
+    even, odd, a, b, d_ue, d_uo, d_le, d_lo, key_power, alpha, norm_eps, MAP: tl.constexpr, CUBE: tl.constexpr
+):  # fmt: skip
+    """(dk even, dk odd, the powers' gradients of each channel: pola)."""
+    first, second = 0.0, 0.0
+    x_even, x_odd = tl.abs(even), tl.abs(odd)
+    if MAP >= POLA:
+        e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
+        w_even, w_odd = e_even * power(x_even, a), e_odd * power(x_odd, b)
+        dk_even = a * w_even / tl.where(even == 0, 1.0, even)
+        dk_odd = b * w_odd / tl.where(odd == 0, 1.0, odd)
+        first, second = w_even * log2_or_0(x_even) * LN2, w_odd * log2_or_0(x_odd) * LN2
+    else:
+        if CUBE:
+            slope_even, slope_odd = 3.0 * even * x_even, 3.0 * odd * x_odd
+        else:
+            slope_even = key_power * tl.exp2((key_power - 1.0) * log2_or_0(x_even))
+            slope_odd = key_power * tl.exp2((key_power - 1.0) * log2_or_0(x_odd))
+            slope_even = tl.where(even == 0, 0.0, tl.where(even < 0, -slope_even, slope_even))
+            slope_odd = tl.where(odd == 0, 0.0, tl.where(odd < 0, -slope_odd, slope_odd))
+        if MAP == COSINE:
+            if CUBE:
+                m_even, m_odd = tl.abs(even * even * even), tl.abs(odd * odd * odd)
+            else:
+                m_even, m_odd = power(x_even, key_power), power(x_odd, key_power)
+            r = norm_of(even, odd, norm_eps)[:, None]
+            u_even, u_odd = even / r, odd / r
+            te, flat_even = tanh_and_slope(alpha * u_even)
+            to, flat_odd = tanh_and_slope(alpha * u_odd)
+            ce, se = cos_sin(te * QUARTER)
+            co, so = cos_sin(to * QUARTER)
+            n_even = m_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * flat_even
+            n_odd = m_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * flat_odd
+            along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)[:, None]
+            dk_even = slope_even * (d_ue * ce + d_le * se) + (n_even - u_even * along) / r
+            dk_odd = slope_odd * (d_uo * co + d_lo * so) + (n_odd - u_odd * along) / r
+        else:
+            dk_even = slope_even * magnitude_gradient(even, d_ue, d_le)
+            dk_odd = slope_odd * magnitude_gradient(odd, d_uo, d_lo)
+    return dk_even, dk_odd, first, second
+
+
+@triton.jit
+def store_pairs(p_x, row, m_token, even, odd, o_pair, D: tl.constexpr):
+    """Rows of a contiguous [., D]."""
+    at = p_x + row[:, None] * D + 2 * o_pair[None, :]
+    tl.store(at, even.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair < D)[None, :])
+    tl.store(at + 1, odd.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair + 1 < D)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_queries(
+    p_q, p_k, p_v, p_gate, p_grad,  # as in forward; grad contiguous [B, N, Hq, DV]
+    p_dq, p_dgate,  # contiguous, as q and gate
+    p_d, p_dd,  # [B N, Hq]: the denominator, and its gradient
+    p_dparams,  # [tiles of all, Hq, 3], or for pola [tiles of all, Hq, D]
+    p_params, p_sin, p_cos, p_start, p_count, p_offsets, p_sequence, p_part, p_s, p_z,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
+    N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
+    D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
+    kv, kv_heads = head // group, heads // group
+    o_pair = tl.arange(0, HD).to(tl.int64)
+    token = tile * BT + tl.arange(0, BT)
+    m_token = token < length
+    a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
+    p_q += batch * s_qb + head * s_qh
+    p_k += batch * s_kb + kv * s_kh
+    p_v += batch * s_vb + kv * s_vh
+    p_gate += batch * s_gb + head * s_gh
+    even, odd = load_pairs(p_q, begin + token, m_token, s_qn, o_pair, D)
+    ue, uo, le, lo = query_features(even, odd, a, b, c, alpha, norm_eps, MAP)
+    g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
+    if ROPE > 0:
+        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+        g_ue, g_uo, g_le, g_lo = turn(ue, uo, le, lo, sin, cos)
+    if ROPE == 2:
+        ue, uo, le, lo = g_ue, g_uo, g_le, g_lo
+    at = sequence
+    if CAUSAL:
+        at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
+    if tile * BT < length:
+        at = at * kv_heads + kv
+        row = (batch * N + begin + token) * heads + head
+        ka, kb, _ = load_params(p_params, kv, heads, o_pair, D, MAP)
+        start = tile * BT // PART * PART if CAUSAL else tile * BT + BT
+        x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+        d = tl.sum(ue * x_ue[None, :] + uo * x_uo[None, :] + le * x_le[None, :] + lo * x_lo[None, :], axis=1)
+        for other in range(start, tile * BT + BT, BT):
+            key = other + tl.arange(0, BT)
+            m_key = key < length
+            k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
+            k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
+            if ROPE == 2:
+                sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
+                k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
+            w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
+            d += tl.sum(tl.where(key[None, :] <= token[:, None], w, 0.0), axis=1)
+        d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
+        d = tl.where(m_token, d, 1.0)
+        # the gradient of the rotated features
+        h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
+        h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
+        for first in range(0, DV, BV):
+            o_v = first + tl.arange(0, BV)
+            y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
+            t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
+            h_ue = dot(y, tl.trans(t_ue), h_ue, PRECISION)
+            h_uo = dot(y, tl.trans(t_uo), h_uo, PRECISION)
+            h_le = dot(y, tl.trans(t_le), h_le, PRECISION)
+            h_lo = dot(y, tl.trans(t_lo), h_lo, PRECISION)
+            o = tl.zeros([BT, BV], tl.float32)
+            if HAS_GATE:
+                o = dot(g_ue, t_ue, o, PRECISION)
+                o = dot(g_uo, t_uo, o, PRECISION)
+                o = dot(g_le, t_le, o, PRECISION)
+                o = dot(g_lo, t_lo, o, PRECISION)
+            for other in range(start, tile * BT + BT, BT):
+                key = other + tl.arange(0, BT)
+                m_key = key < length
+                k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
+                v = load_values(p_v, begin + key, m_key, s_vn, o_v, DV)
+                k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
+                if ROPE > 0:
+                    sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
+                    k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
+                allowed = key[None, :] <= token[:, None]
+                w = tl.where(allowed, dot(y, tl.trans(v), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
+                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
+                if HAS_GATE:
+                    w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
+                    o = dot(tl.where(allowed, w, 0.0), v, o, PRECISION)
+            if HAS_GATE:
+                gate = load_values(p_gate, begin + token, m_token, s_gn, o_v, DV)
+                sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+                g = load_values(p_grad, row, m_token, DV, o_v, DV)
+                dgate = g * (o / d[:, None]) * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                m_o = m_token[:, None] & (o_v < DV)[None, :]
+                tl.store(p_dgate + row[:, None] * DV + o_v[None, :], dgate.to(p_dgate.dtype.element_ty), mask=m_o)
+        dd = -tl.sum(g_ue * h_ue + g_uo * h_uo + g_le * h_le + g_lo * h_lo, axis=1) / d
+        tl.store(p_d + row, d, mask=m_token)
+        tl.store(p_dd + row, dd, mask=m_token)
+        # What the denominator sends to phi_q: dD times phi_k summed up to each row, after the rotation is undone, if z
+        # has none. Made in a pass of its own, so that no running sums are held meanwhile.
+        if ROPE == 1:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
+        x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+        h_ue, h_uo = h_ue + dd[:, None] * x_ue[None, :], h_uo + dd[:, None] * x_uo[None, :]
+        h_le, h_lo = h_le + dd[:, None] * x_le[None, :], h_lo + dd[:, None] * x_lo[None, :]
+        for other in range(start, tile * BT + BT, BT):
+            key = other + tl.arange(0, BT)
+            m_key = key < length
+            k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
+            k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
+            if ROPE == 2:
+                sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
+                k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
+            w = tl.where(key[None, :] <= token[:, None], dd[:, None], 0.0)
+            h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
+        if ROPE == 2:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
+        dq_even, dq_odd, x, y_, z = query_gradient(even, odd, a, b, c, h_ue, h_uo, h_le, h_lo, alpha, norm_eps, MAP)
+        store_pairs(p_dq, row, m_token, dq_even, dq_odd, o_pair, D)
+        if MAP >= POLA:
+            p_dparams += (slot.to(tl.int64) * heads + head) * D
+            tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)
+            tl.store(p_dparams + 2 * o_pair + 1, tl.sum(y_, axis=0), mask=2 * o_pair + 1 < D)
+        else:
+            p_dparams += (slot.to(tl.int64) * heads + head) * 3
+            tl.store(p_dparams, tl.sum(tl.where(m_token, x, 0.0)))
+            tl.store(p_dparams + 1, tl.sum(tl.where(m_token, y_, 0.0)))
+            tl.store(p_dparams + 2, tl.sum(tl.where(m_token, z, 0.0)))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_state(
+    p_q, p_gate, p_grad, p_d, p_dd,
+    p_s, p_z,  # [parts of all, Hq, 2 D, DV], [parts of all, Hq, 2 D]
+    p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
+    s_qb, s_qn, s_qh, s_gb, s_gn, s_gh, N, parts, heads, alpha, norm_eps,
+    D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    MAP: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr, HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over the queries of one part of a sequence."""
+    slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence, part, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, parts, N, PACKED)
+    o_pair, o_v = tl.arange(0, HD).to(tl.int64), tl.program_id(2).to(tl.int64) * BV + tl.arange(0, BV)
+    a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
+    p_q += batch * s_qb + head * s_qh
+    p_gate += batch * s_gb + head * s_gh
+    s_ue, s_uo = tl.zeros([HD, BV], tl.float32), tl.zeros([HD, BV], tl.float32)
+    s_le, s_lo = tl.zeros([HD, BV], tl.float32), tl.zeros([HD, BV], tl.float32)
+    z_ue, z_uo = tl.zeros([HD], tl.float32), tl.zeros([HD], tl.float32)
+    z_le, z_lo = tl.zeros([HD], tl.float32), tl.zeros([HD], tl.float32)
+    first = part * PART
+    last = tl.minimum(first + PART, length)
+    for at in range(first, last, BT):
+        token = at + tl.arange(0, BT)
+        m_token = token < last
+        row = (batch * N + begin + token) * heads + head
+        even, odd = load_pairs(p_q, begin + token, m_token, s_qn, o_pair, D)
+        ue, uo, le, lo = query_features(even, odd, a, b, c, alpha, norm_eps, MAP)
+        if ROPE > 0:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            g_ue, g_uo, g_le, g_lo = turn(ue, uo, le, lo, sin, cos)
+        else:
+            g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
+        if ROPE == 2:
+            ue, uo, le, lo = g_ue, g_uo, g_le, g_lo
+        d = tl.load(p_d + row, mask=m_token, other=1.0)
+        dd = tl.load(p_dd + row, mask=m_token, other=0.0)[:, None]
+        y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
+        s_ue = dot(tl.trans(g_ue), y, s_ue, PRECISION)
+        s_uo = dot(tl.trans(g_uo), y, s_uo, PRECISION)
+        s_le = dot(tl.trans(g_le), y, s_le, PRECISION)
+        s_lo = dot(tl.trans(g_lo), y, s_lo, PRECISION)
+        z_ue += tl.sum(dd * ue, axis=0)
+        z_uo += tl.sum(dd * uo, axis=0)
+        z_le += tl.sum(dd * le, axis=0)
+        z_lo += tl.sum(dd * lo, axis=0)
+    at = slot.to(tl.int64) * heads + head
+    if first < length:
+        store_state(p_s + at * (2 * D * DV), s_ue, s_uo, s_le, s_lo, o_pair, o_v, D, DV)
+        if tl.program_id(2) == 0:
+            store_sums(p_z + at * (2 * D), z_ue, z_uo, z_le, z_lo, o_pair, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_keys(
+    p_q, p_k, p_v, p_gate, p_grad, p_d, p_dd,
+    p_ds, p_dz,  # gradients of the states after the tile's part: [sequences or parts, Hk, 2 D, DV], [.., 2 D]
+    p_dk, p_dv,  # contiguous, as k and v
+    p_dparams,  # pola: [tiles of all, Hk, D]
+    p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
+    N, tiles, parts, heads, group, key_power, alpha, norm_eps,
+    D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
+    kv_heads = heads // group
+    o_pair = tl.arange(0, HD).to(tl.int64)
+    token = tile * BT + tl.arange(0, BT)
+    m_token = token < length
+    a, b, _ = load_params(p_params, kv, heads, o_pair, D, MAP)
+    p_k += batch * s_kb + kv * s_kh
+    p_v += batch * s_vb + kv * s_vh
+    even, odd = load_pairs(p_k, begin + token, m_token, s_kn, o_pair, D)
+    g_ue, g_uo, g_le, g_lo = key_features(even, odd, a, b, key_power, alpha, norm_eps, MAP, CUBE)
+    if ROPE > 0:
+        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+        g_ue, g_uo, g_le, g_lo = turn(g_ue, g_uo, g_le, g_lo, sin, cos)
+    at = sequence
+    if CAUSAL:
+        at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
+    if tile * BT < length:
+        at = at * kv_heads + kv
+        row = (batch * N + begin + token) * kv_heads + kv
+        end = tl.minimum((tile * BT // PART + 1) * PART, length) if CAUSAL else tile * BT
+        h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
+        h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
+        for first in range(0, DV, BV):
+            o_v = first + tl.arange(0, BV)
+            v = load_values(p_v, begin + token, m_token, s_vn, o_v, DV)
+            t_ue, t_uo, t_le, t_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
+            h_ue = dot(v, tl.trans(t_ue), h_ue, PRECISION)
+            h_uo = dot(v, tl.trans(t_uo), h_uo, PRECISION)
+            h_le = dot(v, tl.trans(t_le), h_le, PRECISION)
+            h_lo = dot(v, tl.trans(t_lo), h_lo, PRECISION)
+            dv = tl.zeros([BT, BV], tl.float32)
+            dv = dot(g_ue, t_ue, dv, PRECISION)
+            dv = dot(g_uo, t_uo, dv, PRECISION)
+            dv = dot(g_le, t_le, dv, PRECISION)
+            dv = dot(g_lo, t_lo, dv, PRECISION)
+            if CAUSAL:
+                for member in range(0, group):
+                    head = kv * group + member
+                    qa, qb, qc = load_params(p_params, head, heads, o_pair, D, MAP)
+                    for other in range(tile * BT, end, BT):
+                        query = other + tl.arange(0, BT)
+                        m_query = query < length
+                        q_row = ((batch * N + begin + query) * kv_heads + kv) * group + member
+                        q_even, q_odd = load_pairs(
+                            p_q + batch * s_qb + head * s_qh, begin + query, m_query, s_qn, o_pair, D
+                        )
+                        ue, uo, le, lo = query_features(q_even, q_odd, qa, qb, qc, alpha, norm_eps, MAP)
+                        allowed = token[:, None] <= query[None, :]  # [keys, queries]
+                        if ROPE > 0:
+                            sin, cos = load_angles(
+                                p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START
+                            )
+                            ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
+                        d = tl.load(p_d + q_row, mask=m_query, other=1.0)
+                        y = gated(
+                            p_grad, p_gate + batch * s_gb + head * s_gh, q_row, m_query, s_gn, begin + query, o_v, DV,
+                            HAS_GATE,
+                        ) / d[:, None]  # fmt: skip
+                        w = weights_of(g_ue, g_uo, g_le, g_lo, ue, uo, le, lo, BT, PRECISION)
+                        dv = dot(tl.where(allowed, w, 0.0), y, dv, PRECISION)
+                        w = dot(v, tl.trans(y), tl.zeros([BT, BT], tl.float32), PRECISION)
+                        w = tl.where(allowed, w, 0.0)
+                        h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
+            m_v = m_token[:, None] & (o_v < DV)[None, :]
+            tl.store(p_dv + row[:, None] * DV + o_v[None, :], dv.to(p_dv.dtype.element_ty), mask=m_v)
+        # What denominators send to phi_k, as in grad_queries.
+        if ROPE == 1:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
+        x_ue, x_uo, x_le, x_lo = load_sums(p_dz + at * (2 * D), o_pair, D)
+        h_ue, h_uo, h_le, h_lo = h_ue + x_ue[None, :], h_uo + x_uo[None, :], h_le + x_le[None, :], h_lo + x_lo[None, :]
+        if CAUSAL:
+            for member in range(0, group):
+                head = kv * group + member
+                qa, qb, qc = load_params(p_params, head, heads, o_pair, D, MAP)
+                for other in range(tile * BT, end, BT):
+                    query = other + tl.arange(0, BT)
+                    m_query = query < length
+                    q_row = ((batch * N + begin + query) * kv_heads + kv) * group + member
+                    q_even, q_odd = load_pairs(
+                        p_q + batch * s_qb + head * s_qh, begin + query, m_query, s_qn, o_pair, D
+                    )
+                    ue, uo, le, lo = query_features(q_even, q_odd, qa, qb, qc, alpha, norm_eps, MAP)
+                    if ROPE == 2:
+                        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START)
+                        ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
+                    dd = tl.load(p_dd + q_row, mask=m_query, other=0.0)[None, :]
+                    w = tl.where(token[:, None] <= query[None, :], dd, 0.0)
+                    h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
+        if ROPE == 2:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
+        dk_even, dk_odd, x, y_ = key_gradient(
+            even, odd, a, b, h_ue, h_uo, h_le, h_lo, key_power, alpha, norm_eps, MAP, CUBE
+        )
+        store_pairs(p_dk, row, m_token, dk_even, dk_odd, o_pair, D)
+        if MAP >= POLA:
+            p_dparams += (slot.to(tl.int64) * kv_heads + kv) * D
+            tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)
+            tl.store(p_dparams + 2 * o_pair + 1, tl.sum(y_, axis=0), mask=2 * o_pair + 1 < D)
