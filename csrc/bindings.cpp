@@ -46,6 +46,15 @@ const pyelastic::FiraKernels<T>& fira() {
   }
 }
 
+// Null where the machine lacks AVX-512.
+const pyelastic::FiraProducts* fira_products() {
+#ifdef PYELASTIC_HAVE_X86_ISAS
+  if (pyelastic::isa() == Isa::avx512bf16) return &pyelastic::avx512bf16::fira_products;
+  if (pyelastic::isa() == Isa::avx512) return &pyelastic::avx512::fira_products;
+#endif
+  return nullptr;
+}
+
 // (vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s)
 using FiraProblem = std::tuple<Int, Int, Int, bool, double, double, double, double, double, double, double, double>;
 pyelastic::FiraProblem problem(const FiraProblem& p) {
@@ -89,6 +98,30 @@ void bind_fira(py::module_& m, const char* suffix) {
           fira<T>().apply(problem(p), as<const void>(t), static_cast<Dtype>(t_dtype), as<const T>(f),
                           as<const void>(g), g_stride, as<void>(w), w_stride, static_cast<Dtype>(w_dtype), first,
                           rows, size, keep, {stochastic, seed, step, as<void>(remainder)}, threads);
+        }, nogil);
+}
+
+void bind_fira_products(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("fira_room", [](const FiraProblem& p, int dtype) {
+    return fira_products() == nullptr ? Int{-1} : fira_products()->room(problem(p), static_cast<Dtype>(dtype));
+  });
+  m.def("fira_project",
+        [](const FiraProblem& p, Pointer g, int dtype, Int g_stride, Pointer basis, int p_dtype, Pointer r,
+           Pointer squares, Pointer room, int threads) {
+          fira_products()->project(problem(p), as<const void>(g), static_cast<Dtype>(dtype), g_stride,
+                                   as<const void>(basis), static_cast<Dtype>(p_dtype), as<float>(r),
+                                   as<double>(squares), as<void>(room), threads);
+        }, nogil);
+  m.def("fira_apply",
+        [](const FiraProblem& p, Pointer c, Pointer basis, int p_dtype, Pointer f, Pointer g, Int g_stride, Pointer w,
+           Int w_stride, int dtype, double size, double keep,
+           const std::tuple<bool, std::uint64_t, std::uint32_t, Pointer>& rounding, Pointer room, int threads) {
+          const auto& [stochastic, seed, step, remainder] = rounding;
+          fira_products()->apply(problem(p), as<const float>(c), as<const void>(basis), static_cast<Dtype>(p_dtype),
+                                 as<const float>(f), as<const void>(g), g_stride, as<void>(w), w_stride,
+                                 static_cast<Dtype>(dtype), size, keep, {stochastic, seed, step, as<void>(remainder)},
+                                 as<void>(room), threads);
         }, nogil);
 }
 
@@ -349,6 +382,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp", [](Pointer gomp_parallel) { pyelastic::use_openmp(as<void>(gomp_parallel)); });
   bind_fira<float>(m, "_f32");
   bind_fira<double>(m, "_f64");
+  bind_fira_products(m);
   bind_margin_softmax<float>(m, "_f32");
   bind_margin_softmax<double>(m, "_f64");
   bind_maxsim<float>(m, "_f32");

@@ -5,90 +5,19 @@
 // 64 vectors, since the scale of an 8-bit block spans coordinates, which there lie in different memory rows.
 // Bytes: `moments` reads G once, `apply` reads W and G and writes W; T = C P^T comes from L2.
 
-#include "../fira.h"
-
 #include <cmath>
 
 #include "../common/parallel.h"
+#include "fira_rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-constexpr std::int64_t kSegment = 256;
-constexpr std::int64_t kColumns = 64;      // vectors of a tile on the left
-constexpr std::int64_t kRowsFlush = 64;    // rows of G summed in T on the left before they are added to a double
+constexpr std::int64_t kColumns = 64;  // vectors of a tile on the left
 constexpr std::int64_t kGrainElements = 1 << 14;
-constexpr int kLanes = 16;
 
-std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 std::int64_t grain(std::int64_t elements) { return kGrainElements / (elements + 1) + 1; }
-
-template <class T>
-void load_segment(const void* data, Dtype dtype, std::int64_t at, std::int64_t n, T* out) {
-  switch (dtype) {
-    case Dtype::float32:
-      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const float*>(data)[at + i]);
-      return;
-    case Dtype::float64:
-      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const double*>(data)[at + i]);
-      return;
-    case Dtype::bfloat16: {
-      const std::uint16_t* from = static_cast<const std::uint16_t*>(data) + at;
-      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(bfloat16_to_float(from[i]));
-      return;
-    }
-    case Dtype::float16: {
-      const std::uint16_t* from = static_cast<const std::uint16_t*>(data) + at;
-      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(float16_to_float(from[i]));
-      return;
-    }
-  }
-}
-
-template <class T>
-void store_segment(void* data, Dtype dtype, std::int64_t at, std::int64_t n, const T* x) {
-  switch (dtype) {
-    case Dtype::float32:
-      for (std::int64_t i = 0; i < n; ++i) static_cast<float*>(data)[at + i] = static_cast<float>(x[i]);
-      return;
-    case Dtype::float64:
-      for (std::int64_t i = 0; i < n; ++i) static_cast<double*>(data)[at + i] = static_cast<double>(x[i]);
-      return;
-    case Dtype::bfloat16: {
-      std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
-      for (std::int64_t i = 0; i < n; ++i) to[i] = float_to_bfloat16(static_cast<float>(x[i]));
-      return;
-    }
-    case Dtype::float16: {
-      std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
-      for (std::int64_t i = 0; i < n; ++i) to[i] = float_to_float16(static_cast<float>(x[i]));
-      return;
-    }
-  }
-}
-
-// The segment as T: in place if it is T, else converted into `room`.
-template <class T>
-const T* segment(const void* data, Dtype dtype, std::int64_t at, std::int64_t n, T* room) {
-  if (dtype == (sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64)) return static_cast<const T*>(data) + at;
-  load_segment(data, dtype, at, n, room);
-  return room;
-}
-
-// Sum of squares of n <= kSegment elements, in kLanes partial sums of T.
-template <class T>
-double sum_squares(const T* x, std::int64_t n) {
-  T lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
-  }
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
-  for (; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum;
-}
 
 std::int64_t blocks_of(const FiraProblem& p) { return (p.rank + kFiraBlock - 1) / kFiraBlock; }
 
@@ -196,7 +125,7 @@ void moments_right(const FiraProblem& p, const void* r, Dtype r_dtype, const voi
     T room[kSegment], rr[kFiraBlock], m[kFiraBlock], v[kFiraBlock];
     for (std::int64_t j = begin; j < end; ++j) {
       double x2 = 0, r2 = 0, n2 = 0;
-      for (std::int64_t d = 0; d < p.dim; d += kSegment) {
+      for (std::int64_t d = 0; g != nullptr && d < p.dim; d += kSegment) {
         const std::int64_t n = least(kSegment, p.dim - d);
         x2 += sum_squares(segment(g, g_dtype, j * g_stride + d, n, room), n);
       }
@@ -212,23 +141,11 @@ void moments_right(const FiraProblem& p, const void* r, Dtype r_dtype, const voi
         r2 += sum_squares(rr, n);
         n2 += sum_squares(m, n);
       }
-      squares[j] = x2 * p.factor * p.factor;
+      if (g != nullptr) squares[j] = x2 * p.factor * p.factor;
       squares[p.vectors + j] = r2;
       squares[2 * p.vectors + j] = n2;
     }
   });
-}
-
-template <class T>
-void add_squares(const T* x, std::int64_t n, T* sums) {
-  for (std::int64_t i = 0; i < n; ++i) sums[i] += x[i] * x[i];
-}
-template <class T>
-void flush(T* sums, std::int64_t n, double* to) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    to[i] += static_cast<double>(sums[i]);
-    sums[i] = 0;
-  }
 }
 
 template <class T>
@@ -242,7 +159,7 @@ void moments_left(const FiraProblem& p, const void* r, Dtype r_dtype, const void
       const std::int64_t first = t * kColumns, n = least(kColumns, p.vectors - first);
       T room[kColumns], sums[kColumns] = {}, n_sums[kColumns] = {};
       double x2[kColumns] = {}, r2[kColumns] = {}, n2[kColumns] = {};
-      for (std::int64_t i = 0; i < p.dim; ++i) {
+      for (std::int64_t i = 0; g != nullptr && i < p.dim; ++i) {
         add_squares(segment(g, g_dtype, i * g_stride + first, n, room), n, sums);
         if ((i + 1) % kRowsFlush == 0) flush(sums, n, x2);
       }
@@ -269,7 +186,7 @@ void moments_left(const FiraProblem& p, const void* r, Dtype r_dtype, const void
         flush(n_sums, n, n2);
       }
       for (std::int64_t i = 0; i < n; ++i) {
-        squares[first + i] = x2[i] * p.factor * p.factor;
+        if (g != nullptr) squares[first + i] = x2[i] * p.factor * p.factor;
         squares[p.vectors + first + i] = r2[i];
         squares[2 * p.vectors + first + i] = n2[i];
       }
@@ -344,70 +261,18 @@ void coefficients(const FiraProblem& p, const FiraMoments& s, const T* f, void* 
   });
 }
 
-std::uint32_t mix(std::uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-template <class T>
-void store_stochastic(const FiraRounding& rounding, std::int64_t element, std::uint16_t* to, std::int64_t n, const T* x) {
-  std::uint32_t key = mix(rounding.step);
-  key = mix(static_cast<std::uint32_t>(rounding.seed >> 32) ^ key);
-  key = mix(static_cast<std::uint32_t>(rounding.seed) ^ key);
-  key = mix(static_cast<std::uint32_t>(element >> 32) ^ key);
-  const auto low = static_cast<std::uint32_t>(element);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const auto bits = bit_cast<std::uint32_t>(static_cast<float>(x[i]));
-    const std::uint32_t noise = mix((low + static_cast<std::uint32_t>(i)) ^ key) & 0xffffu;
-    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-    to[i] = finite ? static_cast<std::uint16_t>((bits + noise) >> 16) : float_to_bfloat16(static_cast<float>(x[i]));
-  }
-}
-
 template <class T>
 void apply(const FiraProblem& p, const void* t, Dtype t_dtype, const T* f, const void* g, std::int64_t g_stride, void* w,
            std::int64_t w_stride, Dtype w_dtype, std::int64_t first, std::int64_t rows, double size, double keep,
            const FiraRounding& rounding, int threads) {
   const std::int64_t columns = p.left ? p.vectors : p.dim;
-  const T step = static_cast<T>(size), k = static_cast<T>(keep), c = static_cast<T>(p.factor);
+  const FiraWeights<T> x{p, f, g, g_stride, w, w_stride, w_dtype, static_cast<T>(size), static_cast<T>(keep), rounding};
   parallel_for(rows, grain(columns), threads, [&](std::int64_t begin, std::int64_t end) {
-    T t_room[kSegment], g_room[kSegment], w_room[kSegment], rest[kSegment];
+    T room[kSegment];
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t row = first + i;
-      std::int64_t n = 0;
-      for (std::int64_t at = 0; at < columns; at += n) {
-        const std::int64_t element = row * columns + at;
-        n = least(kSegment, columns - at);
-        n = least(n, (std::int64_t{1} << 32) - (element & 0xffffffff));  // the hash's high word is one for a segment
-        const T* gs = segment(g, w_dtype, row * g_stride + at, n, g_room);
-        load_segment(w, w_dtype, row * w_stride + at, n, w_room);
-        if (rounding.remainder != nullptr) {
-          load_segment(rounding.remainder, w_dtype, element, n, rest);
-          for (std::int64_t l = 0; l < n; ++l) w_room[l] += rest[l];
-        }
-        const T* ts = t == nullptr ? nullptr : segment(t, t_dtype, i * columns + at, n, t_room);
-        const T factor = p.left ? T(0) : f[row] * c;
-        const T* fs = p.left ? f + at : nullptr;
-        if (ts == nullptr) {
-          for (std::int64_t l = 0; l < n; ++l) w_room[l] = k * (w_room[l] - step * ((fs ? fs[l] * c : factor) * gs[l]));
-        } else if (p.left) {
-          for (std::int64_t l = 0; l < n; ++l) w_room[l] = k * (w_room[l] - step * (ts[l] + fs[l] * c * gs[l]));
-        } else {
-          for (std::int64_t l = 0; l < n; ++l) w_room[l] = k * (w_room[l] - step * (ts[l] + factor * gs[l]));
-        }
-        if (rounding.stochastic) {
-          store_stochastic(rounding, element, static_cast<std::uint16_t*>(w) + row * w_stride + at, n, w_room);
-          continue;
-        }
-        store_segment(w, w_dtype, row * w_stride + at, n, w_room);
-        if (rounding.remainder != nullptr) {
-          load_segment(w, w_dtype, row * w_stride + at, n, rest);
-          for (std::int64_t l = 0; l < n; ++l) rest[l] = w_room[l] - rest[l];
-          store_segment(rounding.remainder, w_dtype, element, n, rest);
-        }
+      for (std::int64_t at = 0; at < columns; at += kSegment) {
+        const std::int64_t n = least(kSegment, columns - at);
+        write_segment(x, first + i, at, n, t == nullptr ? nullptr : segment(t, t_dtype, i * columns + at, n, room));
       }
     }
   });

@@ -1,7 +1,9 @@
-"""Launcher of fira's CPU kernels: two GEMMs of torch, and around them the fused loops. Contract: csrc/fira.h.
+"""Launcher of fira's CPU kernels. Contract: csrc/fira.h.
 
-Operands of the GEMMs are bfloat16 for bfloat16 weights (R and C are then rounded to it, as the published package rounds
-R; sums are the BLAS's) and the compute type for all others. Scratch: R, and C P^T for a block of rows.
+With AVX-512 the two products are ours, with the passes over G and W inside (``_Products``): the bits of a step depend on
+no thread count. Elsewhere and in float64 they are two GEMMs of torch (``_Gemms``), whose operands are bfloat16 for
+bfloat16 weights (R and C are then rounded to it, as the published package rounds R) and the compute type for all others.
+Scratch: R, and a packed P or C, or C P^T for a block of rows.
 """
 
 from __future__ import annotations
@@ -97,9 +99,7 @@ def _step_one(
     def call(name: str, *arguments: Any) -> Any:
         return getattr(extension, f"fira_{name}_{suffix}")(*arguments)
 
-    operand = torch.bfloat16 if w.dtype == torch.bfloat16 else dtype
-    p = projector.to(operand)
-    rank = p.shape[1] if left else p.shape[0]
+    rank = projector.shape[1] if left else projector.shape[0]
     rows, columns = w.shape
     vectors, dim = (columns, rows) if left else (rows, columns)
     factor, a_r, a_n, a_s = scalars[3], *scalars[5:]
@@ -107,12 +107,14 @@ def _step_one(
     problem = (vectors, dim, rank, left, *scalars)
     scales = [x.data_ptr() for x in rest] or [0, 0]
     moments = (m.data_ptr(), v.data_ptr(), DTYPES.get(m.dtype, 0), *scales)  # 8-bit: the dtype is not looked at
+    room = -1 if dtype == torch.float64 else extension.fira_room(problem, DTYPES[w.dtype])
+    products = _Gemms(w, grad, projector, left, problem) if room < 0 else _Products(w, grad, projector, problem, room)
 
-    r = torch.empty_like(m, dtype=operand)
-    _project(grad, p, left, r)
+    r = torch.empty_like(m, dtype=products.operand)
     squares = torch.empty(3, vectors, dtype=torch.float64)
-    call("moments", problem, r.data_ptr(), DTYPES[operand], grad.data_ptr(), DTYPES[grad.dtype], grad.stride(0),
-         moments, squares.data_ptr(), threads)  # fmt: skip
+    squared = products.project(r, squares)
+    call("moments", problem, r.data_ptr(), DTYPES[r.dtype], 0 if squared else grad.data_ptr(), DTYPES[grad.dtype],
+         grad.stride(0), moments, squares.data_ptr(), threads)  # fmt: skip
     f = torch.zeros(vectors, dtype=dtype)
     if a_s != 0:
         quadratic = None if gram is None or a_r == 0 else _quadratic(r, gram.to(dtype), left) * factor**2
@@ -128,21 +130,67 @@ def _step_one(
 
         _, kept, _, kappa = scale(None)
         if kappa > KAPPA[w.dtype] and a_r != 0:
-            _, kept, _, _ = scale(_residual_squares(grad, r, p, left, a_r, dtype) * factor**2)
+            _, kept, _, _ = scale(_residual_squares(grad, r, products.p, left, a_r, dtype) * factor**2)
         limiter_norm.fill_(kept)
-    back = a_n != 0 or (a_r != 0 and a_s != 0)
-    if back:
-        call("coefficients", problem, moments, f.data_ptr(), r.data_ptr(), DTYPES[operand], threads)
-    block = max(16, BLOCK_BYTES // (columns * operand.itemsize))
-    t = torch.empty(min(block, rows) if back else 0, columns, dtype=operand)
-    stochastic = bool(flags & Flags.STOCHASTIC)
-    for first in range(0, rows, block):
-        count = min(block, rows - first)
-        if back:
-            _back(p, r, left, first, count, t[:count])
-        call("apply", problem, t.data_ptr() if back else 0, DTYPES[operand], f.data_ptr(), grad.data_ptr(),
-             grad.stride(0), w.data_ptr(), w.stride(0), DTYPES[w.dtype], first, count, size, keep,
-             (stochastic, seed, taken & 0xFFFFFFFF, pointer(remainder)), threads)  # fmt: skip
+    rounding = (bool(flags & Flags.STOCHASTIC), seed, taken & 0xFFFFFFFF, pointer(remainder))
+    if a_n != 0 or (a_r != 0 and a_s != 0):
+        call("coefficients", problem, moments, f.data_ptr(), r.data_ptr(), DTYPES[r.dtype], threads)
+        products.back(r, f, size, keep, rounding)
+        return
+    call("apply", problem, 0, DTYPES[r.dtype], f.data_ptr(), grad.data_ptr(), grad.stride(0), w.data_ptr(), w.stride(0),
+         DTYPES[w.dtype], 0, rows, size, keep, rounding, threads)  # fmt: skip
+
+
+class _Products:
+    """R = X P with |x|^2, and W from C P^T, by our own kernels."""
+
+    operand = torch.float32
+
+    def __init__(self, w: Tensor, grad: Tensor, projector: Tensor, problem: tuple[Any, ...], room: int) -> None:
+        self.w, self.grad, self.p, self.problem = w, grad, projector.contiguous(), problem
+        self.room = torch.empty(room + 64, dtype=torch.uint8)
+        self.address = (self.room.data_ptr() + 63) // 64 * 64
+
+    def project(self, r: Tensor, squares: Tensor) -> bool:
+        """Whether |x|^2 was found on the way."""
+        _extension.load().fira_project(
+            self.problem, self.grad.data_ptr(), DTYPES[self.grad.dtype], self.grad.stride(0), self.p.data_ptr(),
+            DTYPES[self.p.dtype], r.data_ptr(), squares.data_ptr(), self.address, torch.get_num_threads(),
+        )  # fmt: skip
+        return True
+
+    def back(self, c: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
+        w, g = self.w, self.grad
+        _extension.load().fira_apply(
+            self.problem, c.data_ptr(), self.p.data_ptr(), DTYPES[self.p.dtype], f.data_ptr(), g.data_ptr(),
+            g.stride(0), w.data_ptr(), w.stride(0), DTYPES[w.dtype], size, keep, rounding, self.address,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+class _Gemms:
+    """The same by torch's GEMMs."""
+
+    def __init__(self, w: Tensor, grad: Tensor, projector: Tensor, left: bool, problem: tuple[Any, ...]) -> None:
+        self.operand = torch.bfloat16 if w.dtype == torch.bfloat16 else compute_dtype(w)
+        self.w, self.grad, self.p, self.left, self.problem = w, grad, projector.to(self.operand), left, problem
+
+    def project(self, r: Tensor, squares: Tensor) -> bool:
+        _project(self.grad, self.p, self.left, r)
+        return False
+
+    def back(self, c: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
+        w, g = self.w, self.grad
+        kernel = getattr(_extension.load(), f"fira_apply_{'f64' if f.dtype == torch.float64 else 'f32'}")
+        rows, columns = w.shape
+        block = max(16, BLOCK_BYTES // (columns * c.element_size()))
+        t = torch.empty(min(block, rows), columns, dtype=self.operand)
+        for first in range(0, rows, block):
+            count = min(block, rows - first)
+            _back(self.p, c, self.left, first, count, t[:count])
+            kernel(self.problem, t.data_ptr(), DTYPES[self.operand], f.data_ptr(), g.data_ptr(), g.stride(0),
+                   w.data_ptr(), w.stride(0), DTYPES[w.dtype], first, count, size, keep, rounding,
+                   torch.get_num_threads())  # fmt: skip
 
 
 def _project(grad: Tensor, p: Tensor, left: bool, r: Tensor) -> None:
@@ -180,13 +228,13 @@ def _residual_squares(grad: Tensor, r: Tensor, p: Tensor, left: bool, a_r: float
     rows, columns = grad.shape
     out = torch.zeros(columns if left else rows, dtype=torch.float64)
     block = max(16, BLOCK_BYTES // (columns * dtype.itemsize))
-    exact = dtype if p.dtype == torch.bfloat16 else p.dtype
-    if p.dtype != exact:  # the rounding of R would be the residual
-        p, r = p.to(exact), torch.empty_like(r, dtype=exact)
+    p = p.to(dtype)
+    if r.dtype != dtype:  # the rounding of R would be the residual
+        r = torch.empty_like(r, dtype=dtype)
         _project(grad, p, left, r)
     for first in range(0, rows, block):
         count = min(block, rows - first)
-        t = torch.empty(count, columns, dtype=exact)
+        t = torch.empty(count, columns, dtype=dtype)
         _back(p, r, left, first, count, t)
         t = grad[first : first + count].to(dtype) - a_r * t
         if left:

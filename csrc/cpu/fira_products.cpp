@@ -1,0 +1,328 @@
+// fira on CPUs with AVX-512: the two products, R = X P and C P^T, with the passes over G and W inside. Contract: ../fira.h.
+//
+// A library's GEMM would read G once more for |x|^2 and write and read C P^T. Here G is squared while it is packed, and
+// C P^T of twelve rows is in L1 when W is written. Both are products A B with a row-major result [rows, columns]:
+//   left   R [r, n] = P^T [r, m] G [m, n],   C P^T [m, n] = P [m, r] C [r, n]
+//   right  R [m, r] = G [m, n] P^T [n, r],   C P^T [m, n] = C [m, r] P [r, n]
+// Packing: A in groups of 12 rows, B in panels of 32 columns, depth-major, so that the micro-kernel (24 sums in registers)
+// reads both as streams. With AVX-512-BF16 and bfloat16 weights an element is a pair of bfloat16 along the depth, P, G
+// and C rounded to it and R not; else everything is converted to float. Depth is cut into kDepth; a result's sum has one
+// order, whatever the thread count. P (projection) and A (way back) are packed once, into `room`, the rest into a
+// thread's scratch: a block of B stays in L2, a group of A in L1.
+
+#include <immintrin.h>
+
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "fira_rows.h"
+
+namespace pyelastic {
+namespace PYELASTIC_ISA {
+namespace {
+
+using Int = std::int64_t;
+
+constexpr Int kGroup = 12, kPanel = 32;
+constexpr Int kDepth = 256;                // of one sum in registers
+constexpr Int kBlockElements = 96 * 1024;  // of packed B (way back) or of packed vectors (projection): 384 KB of 1 MB L2
+
+Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+Int round_up(Int a, Int b) { return ceil_div(a, b) * b; }
+
+struct Floats {
+  using Element = float;  // of a packed operand
+  using Source = float;   // of a line before it is packed
+  static constexpr Int depth = 1;
+};
+
+inline void multiply_add(Vec<float>& sum, const Vec<float>& b, float a) { sum += b * a; }
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Element = std::uint32_t;
+  using Source = std::uint16_t;
+  static constexpr Int depth = 2;
+};
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+
+inline void multiply_add(Vec<float>& sum, const Words& b, std::uint32_t a) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
+}
+#endif
+
+// out [12, 32] (row stride ldo) = or += A B over `depth` packed elements.
+template <class Element>
+inline void multiply(const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
+  typedef Element Lanes __attribute__((vector_size(64)));
+  Vec<float> sum[kGroup][2] = {};
+#pragma GCC unroll 2
+  for (Int k = 0; k < depth; ++k) {
+    Lanes low, high;
+    std::memcpy(&low, b, 64);
+    std::memcpy(&high, b + 16, 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < kGroup; ++r) {
+      multiply_add(sum[r][0], low, a[r]);
+      multiply_add(sum[r][1], high, a[r]);
+    }
+    a += kGroup;
+    b += kPanel;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kGroup; ++r) {
+    if (add) {
+      sum[r][0] += load_vec(out);
+      sum[r][1] += load_vec(out + 16);
+    }
+    store_vec(out, sum[r][0]);
+    store_vec(out + 16, sum[r][1]);
+    out += ldo;
+  }
+}
+
+// n elements as floats or as bfloat16 words: in place where they are that, else in `room`.
+inline const float* line(const void* data, Dtype dtype, Int at, Int n, float* room) {
+  return segment(data, dtype, at, n, room);
+}
+inline const std::uint16_t* line(const void* data, Dtype dtype, Int at, Int n, std::uint16_t* room) {
+  if (dtype == Dtype::bfloat16) return static_cast<const std::uint16_t*>(data) + at;
+  float wide[kSegment];
+  store_segment(room, Dtype::bfloat16, 0, n, segment(data, dtype, at, n, wide));
+  return room;
+}
+inline const float* as_floats(const float* x, Int, float*) { return x; }
+inline const float* as_floats(const std::uint16_t* x, Int n, float* room) {
+  load_segment(x, Dtype::bfloat16, 0, n, room);
+  return room;
+}
+
+inline float pack(const float* x) { return *x; }
+inline std::uint32_t pack(const std::uint16_t* x) { return x[0] | static_cast<std::uint32_t>(x[1]) << 16; }
+inline float pack(float x, float) { return x; }
+inline std::uint32_t pack(std::uint16_t x, std::uint16_t y) { return x | static_cast<std::uint32_t>(y) << 16; }
+
+// A matrix in memory, one of whose dimensions is contiguous.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  Int stride;
+};
+
+// Packs columns first .. first + count - 1 of rows k0 .. k0 + depth - 1, where the rows are the depth, into panels of
+// kWidth columns, `pitch` elements apart. look(column, n, floats) sees every element of rows once.
+template <class Kind, Int kWidth, class Look>
+void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
+                 const Look& look) {
+  using Source = typename Kind::Source;
+  constexpr Int kLine = kSegment / kWidth * kWidth;
+  Source room[2][kSegment];
+  float wide[kSegment];
+  const Source zeros[kSegment] = {};
+  for (Int k = 0; k < depth; k += Kind::depth) {
+    for (Int at = 0; at < count; at += kLine) {
+      const Int n = least(kLine, count - at);
+      const Source* lines[2] = {zeros, zeros};
+      for (Int i = 0; i < Kind::depth && k + i < depth; ++i) {
+        lines[i] = line(x.data, x.dtype, (k0 + k + i) * x.stride + first + at, n, room[i]);
+        look(at, n, as_floats(lines[i], n, wide));
+      }
+      typename Kind::Element* to = out + at / kWidth * pitch + k / Kind::depth * kWidth;
+      Int j = 0;
+      for (; j + kWidth <= n; j += kWidth, to += pitch) {
+        for (Int l = 0; l < kWidth; ++l) to[l] = pack(lines[0][j + l], lines[1][j + l]);
+      }
+      if (j == n) continue;
+      for (Int l = 0; l < kWidth; ++l) to[l] = j + l < n ? pack(lines[0][j + l], lines[1][j + l]) : 0;
+    }
+  }
+}
+
+// The same of rows first .. first + count - 1, where the columns k0 .. k0 + depth - 1 are the depth. look(row, n, floats).
+template <class Kind, Int kWidth, class Look>
+void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
+                const Look& look) {
+  using Source = typename Kind::Source;
+  static_assert(kDepth <= kSegment, "a line is a segment");
+  Source room[kWidth][kDepth + 2];
+  float wide[kSegment];
+  const Source zeros[kDepth + 2] = {};
+  for (Int row = 0; row < count; row += kWidth, out += pitch) {
+    for (Int k = 0; k < depth; k += kDepth) {
+      const Int n = least(kDepth, depth - k), whole = n / Kind::depth;
+      const Source* lines[kWidth];
+      for (Int i = 0; i < kWidth; ++i) {
+        lines[i] = zeros;
+        if (row + i >= count) continue;
+        lines[i] = line(x.data, x.dtype, (first + row + i) * x.stride + k0 + k, n, room[i]);
+        look(row + i, n, as_floats(lines[i], n, wide));
+      }
+      typename Kind::Element* to = out + k / Kind::depth * kWidth;
+      for (Int e = 0; e < whole; ++e, to += kWidth) {
+        for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i] + e * Kind::depth);
+      }
+      if (whole * Kind::depth == n) continue;
+      for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i][n - 1], typename Kind::Source{});
+    }
+  }
+}
+
+const auto kLookAway = [](Int, Int, const float*) {};
+
+// `count` columns or rows in blocks of at most `most`, whose number is a multiple of the threads where they are many.
+Int block_width(Int count, Int most, Int unit, int threads) {
+  const Int blocks = round_up(ceil_div(count, most > unit ? most / unit * unit : unit), threads);
+  return round_up(ceil_div(count, blocks), unit);
+}
+
+// Result tile [12, 32] of R at (row, column), of which the part inside of [rows, columns] counts.
+template <class Element>
+void project_tile(const Element* a, const Element* b, Int depth, float* r, Int row, Int rows, Int column, Int columns,
+                  bool add) {
+  float* to = r + row * columns + column;
+  if (row + kGroup <= rows && column + kPanel <= columns) return multiply(a, b, depth, to, columns, add);
+  float tile[kGroup * kPanel];
+  multiply(a, b, depth, tile, kPanel, false);
+  for (Int i = 0; i < least(kGroup, rows - row); ++i) {
+    for (Int j = 0; j < least(kPanel, columns - column); ++j) {
+      const float value = tile[i * kPanel + j];
+      to[i * columns + j] = add ? to[i * columns + j] + value : value;
+    }
+  }
+}
+
+template <class Kind>
+void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* r, double* squares, void* room,
+             int threads) {
+  using Element = typename Kind::Element;
+  const Int steps = ceil_div(p.dim, kDepth), elements = kDepth / Kind::depth;  // of a group or panel and a step
+  const Int width = p.left ? kGroup : kPanel, parts = ceil_div(p.rank, width);
+  Element* const packed = static_cast<Element*>(room);  // [step][part][element][width]
+  const double square = p.factor * p.factor;
+  parallel_for(steps, 1, threads, [&](Int begin, Int end) {
+    for (Int s = begin; s < end; ++s) {
+      const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), pitch = elements * width;
+      Element* out = packed + s * parts * pitch;
+      if (p.left) {
+        pack_across<Kind, kGroup>(basis, 0, p.rank, k0, depth, out, pitch, kLookAway);
+      } else {
+        pack_along<Kind, kPanel>(basis, 0, p.rank, k0, depth, out, pitch, kLookAway);
+      }
+    }
+  });
+  const Int unit = p.left ? kPanel : kGroup;
+  const Int block = block_width(p.vectors, kBlockElements / kDepth, unit, threads), pitch = elements * unit;
+  parallel_for(ceil_div(p.vectors, block), 1, threads, [&](Int begin, Int end) {
+    const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
+    char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 12 * block)));
+    Element* const x = reinterpret_cast<Element*>(own);
+    double* const sums = reinterpret_cast<double*>(own + scratch);
+    float* const part = reinterpret_cast<float*>(sums + block);
+    for (Int at = begin * block; at < least(end * block, p.vectors); at += block) {
+      const Int count = least(block, p.vectors - at);
+      for (Int i = 0; i < count; ++i) sums[i] = part[i] = 0;
+      for (Int s = 0; s < steps; ++s) {
+        const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), length = ceil_div(depth, Kind::depth);
+        const Element* basis_step = packed + s * parts * elements * width;
+        if (p.left) {
+          pack_across<Kind, kPanel>(g, at, count, k0, depth, x, pitch,
+                                    [&](Int j, Int n, const float* row) { add_squares(row, n, part + j); });
+          flush(part, count, sums);
+          for (Int i = 0; i < p.rank; i += kGroup) {
+            for (Int j = 0; j < count; j += kPanel) {
+              project_tile(basis_step + i * elements, x + j * elements, length, r, i, p.rank, at + j, p.vectors, s > 0);
+            }
+          }
+        } else {
+          pack_along<Kind, kGroup>(g, at, count, k0, depth, x, pitch,
+                                   [&](Int i, Int n, const float* row) { sums[i] += sum_squares(row, n); });
+          for (Int i = 0; i < count; i += kGroup) {
+            for (Int j = 0; j < p.rank; j += kPanel) {
+              project_tile(x + i * elements, basis_step + j * elements, length, r, at + i, p.vectors, j, p.rank, s > 0);
+            }
+          }
+        }
+      }
+      for (Int i = 0; i < count; ++i) squares[at + i] = square * sums[i];
+    }
+  });
+}
+
+template <class Kind>
+void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWeights<float>& x, void* room,
+           int threads) {
+  using Element = typename Kind::Element;
+  const Int rows = p.left ? p.dim : p.vectors, columns = p.left ? p.vectors : p.dim;
+  const Int elements = ceil_div(p.rank, Kind::depth), groups = ceil_div(rows, kGroup);
+  Element* const packed = static_cast<Element*>(room);  // [group][element][12]
+  parallel_for(groups, 4, threads, [&](Int begin, Int end) {
+    const Int first = begin * kGroup, last = least(end * kGroup, rows);
+    pack_along<Kind, kGroup>(a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup, kLookAway);
+  });
+  const Int block = block_width(columns, least(kBlockElements / elements, 1024), kPanel, threads);
+  parallel_for(ceil_div(columns, block), 1, threads, [&](Int begin, Int end) {
+    const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
+    char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 4 * kGroup * block)));
+    Element* const panels = reinterpret_cast<Element*>(own);
+    float* const t = reinterpret_cast<float*>(own + scratch);  // [12, block]
+    for (Int at = begin * block; at < least(end * block, columns); at += block) {
+      const Int count = least(block, columns - at);
+      pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel, kLookAway);
+      for (Int row = 0; row < rows; row += kGroup) {
+        for (Int j = 0; j < count; j += kPanel) {
+          multiply(packed + row * elements, panels + j * elements, elements, t + j, block, false);
+        }
+        for (Int i = 0; i < least(kGroup, rows - row); ++i) {
+          for (Int j = 0; j < count; j += kSegment) {
+            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * block + j);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Whether bfloat16 operands are multiplied as such.
+bool in_pairs(Dtype dtype) {
+#if defined(__AVX512BF16__)
+  return dtype == Dtype::bfloat16;
+#else
+  return dtype == Dtype::bfloat16 && false;
+#endif
+}
+
+void fira_project(const FiraProblem& p, const void* g, Dtype dtype, Int g_stride, const void* basis, Dtype p_dtype,
+                  float* r, double* squares, void* room, int threads) {
+  const Matrix gradient{g, dtype, g_stride}, projector{basis, p_dtype, p.left ? p.rank : p.dim};
+#if defined(__AVX512BF16__)
+  if (in_pairs(dtype)) return project<Pairs>(p, gradient, projector, r, squares, room, threads);
+#endif
+  project<Floats>(p, gradient, projector, r, squares, room, threads);
+}
+
+void fira_apply(const FiraProblem& p, const float* c, const void* basis, Dtype p_dtype, const float* f, const void* g,
+                Int g_stride, void* w, Int w_stride, Dtype dtype, double size, double keep,
+                const FiraRounding& rounding, void* room, int threads) {
+  const Matrix coefficients{c, Dtype::float32, p.left ? p.vectors : p.rank};
+  const Matrix projector{basis, p_dtype, p.left ? p.rank : p.dim};
+  const Matrix &a = p.left ? projector : coefficients, &b = p.left ? coefficients : projector;
+  const FiraWeights<float> x{p, f, g, g_stride, w, w_stride, dtype, static_cast<float>(size), static_cast<float>(keep),
+                             rounding};
+#if defined(__AVX512BF16__)
+  if (in_pairs(dtype)) return apply<Pairs>(p, a, b, x, room, threads);
+#endif
+  apply<Floats>(p, a, b, x, room, threads);
+}
+
+Int fira_room(const FiraProblem& p, Dtype dtype) {
+  const Int rows = p.left ? p.dim : p.vectors, depth = in_pairs(dtype) ? 2 : 1;
+  const Int projection = round_up(p.rank, p.left ? kGroup : kPanel) * round_up(p.dim, kDepth);
+  const Int back = round_up(rows, kGroup) * round_up(p.rank, 2);
+  return 4 / depth * (projection > back ? projection : back);
+}
+
+}  // namespace
+
+const FiraProducts fira_products = {fira_room, fira_project, fira_apply};
+
+}  // namespace PYELASTIC_ISA
+}  // namespace pyelastic

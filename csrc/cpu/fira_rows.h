@@ -1,0 +1,171 @@
+// What fira's CPU kernels share: segments of a memory row as the compute type, sums of squares, and the way W is written.
+#pragma once
+
+#include "../fira.h"
+
+namespace pyelastic {
+namespace PYELASTIC_ISA {
+namespace {
+
+constexpr std::int64_t kSegment = 256;   // elements of a memory row that are converted at once, in L1
+constexpr std::int64_t kRowsFlush = 64;  // rows of G summed in T on the left before they are added to a double
+constexpr int kLanes = 16;
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+template <class T>
+inline void load_segment(const void* data, Dtype dtype, std::int64_t at, std::int64_t n, T* out) {
+  switch (dtype) {
+    case Dtype::float32:
+      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const float*>(data)[at + i]);
+      return;
+    case Dtype::float64:
+      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const double*>(data)[at + i]);
+      return;
+    case Dtype::bfloat16: {
+      const std::uint16_t* from = static_cast<const std::uint16_t*>(data) + at;
+      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(bfloat16_to_float(from[i]));
+      return;
+    }
+    case Dtype::float16: {
+      const std::uint16_t* from = static_cast<const std::uint16_t*>(data) + at;
+      for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(float16_to_float(from[i]));
+      return;
+    }
+  }
+}
+
+template <class T>
+inline void store_segment(void* data, Dtype dtype, std::int64_t at, std::int64_t n, const T* x) {
+  switch (dtype) {
+    case Dtype::float32:
+      for (std::int64_t i = 0; i < n; ++i) static_cast<float*>(data)[at + i] = static_cast<float>(x[i]);
+      return;
+    case Dtype::float64:
+      for (std::int64_t i = 0; i < n; ++i) static_cast<double*>(data)[at + i] = static_cast<double>(x[i]);
+      return;
+    case Dtype::bfloat16: {
+      std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
+      for (std::int64_t i = 0; i < n; ++i) to[i] = float_to_bfloat16(static_cast<float>(x[i]));
+      return;
+    }
+    case Dtype::float16: {
+      std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
+      for (std::int64_t i = 0; i < n; ++i) to[i] = float_to_float16(static_cast<float>(x[i]));
+      return;
+    }
+  }
+}
+
+// The segment as T: in place if it is T, else converted into `room`.
+template <class T>
+inline const T* segment(const void* data, Dtype dtype, std::int64_t at, std::int64_t n, T* room) {
+  if (dtype == (sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64)) return static_cast<const T*>(data) + at;
+  load_segment(data, dtype, at, n, room);
+  return room;
+}
+
+// Sum of squares of n <= kSegment elements, in kLanes partial sums of T.
+template <class T>
+inline double sum_squares(const T* x, std::int64_t n) {
+  T lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+  }
+  double sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum;
+}
+
+template <class T>
+inline void add_squares(const T* x, std::int64_t n, T* sums) {
+  for (std::int64_t i = 0; i < n; ++i) sums[i] += x[i] * x[i];
+}
+template <class T>
+inline void flush(T* sums, std::int64_t n, double* to) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    to[i] += static_cast<double>(sums[i]);
+    sums[i] = 0;
+  }
+}
+
+inline std::uint32_t mix(std::uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+template <class T>
+inline void store_stochastic(const FiraRounding& rounding, std::int64_t element, std::uint16_t* to, std::int64_t n, const T* x) {
+  std::uint32_t key = mix(rounding.step);
+  key = mix(static_cast<std::uint32_t>(rounding.seed >> 32) ^ key);
+  key = mix(static_cast<std::uint32_t>(rounding.seed) ^ key);
+  key = mix(static_cast<std::uint32_t>(element >> 32) ^ key);
+  const auto low = static_cast<std::uint32_t>(element);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const auto bits = bit_cast<std::uint32_t>(static_cast<float>(x[i]));
+    const std::uint32_t noise = mix((low + static_cast<std::uint32_t>(i)) ^ key) & 0xffffu;
+    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    to[i] = finite ? static_cast<std::uint16_t>((bits + noise) >> 16) : float_to_bfloat16(static_cast<float>(x[i]));
+  }
+}
+
+// What a step of W needs beside C P^T. size: the step, keep: k.
+template <class T>
+struct FiraWeights {
+  const FiraProblem& p;
+  const T* f;
+  const void* g;
+  std::int64_t g_stride;
+  void* w;
+  std::int64_t w_stride;
+  Dtype w_dtype;
+  T size, keep;
+  const FiraRounding& rounding;
+};
+
+// Elements at .. at + n - 1 of a row of W, n <= kSegment; t holds C P^T there, or null for 0.
+template <class T>
+inline void write_segment(const FiraWeights<T>& x, std::int64_t row, std::int64_t at, std::int64_t n, const T* t) {
+  const FiraProblem& p = x.p;
+  const FiraRounding& rounding = x.rounding;
+  const T size = x.size, keep = x.keep, c = static_cast<T>(p.factor);
+  const std::int64_t element = row * (p.left ? p.vectors : p.dim) + at;
+  T g_room[kSegment], w_room[kSegment], rest[kSegment];
+  const T* g = segment(x.g, x.w_dtype, row * x.g_stride + at, n, g_room);
+  load_segment(x.w, x.w_dtype, row * x.w_stride + at, n, w_room);
+  if (rounding.remainder != nullptr) {
+    load_segment(rounding.remainder, x.w_dtype, element, n, rest);
+    for (std::int64_t l = 0; l < n; ++l) w_room[l] += rest[l];
+  }
+  const T factor = p.left ? T(0) : x.f[row] * c;
+  const T* f = p.left ? x.f + at : nullptr;
+  if (t == nullptr) {
+    for (std::int64_t l = 0; l < n; ++l) w_room[l] = keep * (w_room[l] - size * ((f ? f[l] * c : factor) * g[l]));
+  } else if (p.left) {
+    for (std::int64_t l = 0; l < n; ++l) w_room[l] = keep * (w_room[l] - size * (t[l] + f[l] * c * g[l]));
+  } else {
+    for (std::int64_t l = 0; l < n; ++l) w_room[l] = keep * (w_room[l] - size * (t[l] + factor * g[l]));
+  }
+  if (rounding.stochastic) {
+    // The hash's high word is one for a run of elements.
+    const std::int64_t run = least(n, (std::int64_t{1} << 32) - (element & 0xffffffff));
+    auto* const to = static_cast<std::uint16_t*>(x.w) + row * x.w_stride + at;
+    store_stochastic(rounding, element, to, run, w_room);
+    if (run < n) store_stochastic(rounding, element + run, to + run, n - run, w_room + run);
+    return;
+  }
+  store_segment(x.w, x.w_dtype, row * x.w_stride + at, n, w_room);
+  if (rounding.remainder == nullptr) return;
+  load_segment(x.w, x.w_dtype, row * x.w_stride + at, n, rest);
+  for (std::int64_t l = 0; l < n; ++l) rest[l] = w_room[l] - rest[l];
+  store_segment(rounding.remainder, x.w_dtype, element, n, rest);
+}
+
+}  // namespace
+}  // namespace PYELASTIC_ISA
+}  // namespace pyelastic
