@@ -9,6 +9,8 @@ os.environ["PYELASTIC_STRICT"] = "1"
 os.environ.pop("PYELASTIC_BACKEND", None)
 # cuBLAS refuses deterministic mode without a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# torch.compile then refuses a custom op whose results are one another, which it otherwise only warns of.
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
 
 import hypothesis
 import pytest

@@ -186,9 +186,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _guard(x.queries.device):
         p = _Problem(x)
         q_inv, d_inv = p.inverse_norms() if x.normalize else (None, None)
-        smooth, empty = x.temperature > 0, torch.empty(0, device=p.device)
+        smooth = x.temperature > 0
         keeps = per_token or (save and smooth)
-        scores = empty if per_token else torch.empty(x.score_shape(), device=p.device)
+        scores = torch.empty((0,) if per_token else x.score_shape(), device=p.device)
         maxima = torch.empty(x.token_shape(x.planes if keeps else 1), device=p.device)
         there = save and not smooth
         winners = torch.empty(x.token_shape(x.winner_planes) if there else (0,), dtype=x.winner_dtype, device=p.device)
@@ -199,10 +199,11 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             p.forward(plane, q_inv, d_inv, m, winners[plane : plane + x.topk] if there else None)
             if not per_token:
                 p.sum_tokens(m, scores[plane])
-        return (
-            scores, maxima if keeps else empty, winners, empty if q_inv is None else q_inv,
-            empty if d_inv is None else d_inv,
-        )  # fmt: skip
+        # Outputs that are absent are tensors of their own: torch.compile refuses results that are one another.
+        maxima, q_inv, d_inv = (
+            torch.empty(0, device=p.device) if t is None else t for t in (maxima if keeps else None, q_inv, d_inv)
+        )
+        return scores, maxima, winners, q_inv, d_inv
 
 
 class _Backward:
