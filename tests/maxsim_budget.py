@@ -21,7 +21,8 @@ def _signature(bits: int, stored: int) -> dict[str, str]:
     pointers |= {"p_d": {8: "*i8", 2: "*u8"}[stored]} if stored else {}
     pointers |= {"p_codes": "*i32", "p_mask": "*u8", "p_floor": "*u8", "p_winners": "*i16"}
     sizes = ("tokens", "rows", "width", "tiles", "splits", "parts", "count", "blocks", "longest", "n")
-    strides = ("s_q", "s_d", "s_x", "s_out", "s_centroid", "s_g0", "s_g1")
+    strides = ("s_q", "s_d", "s_x", "s_out", "s_centroid", "s_g0", "s_g1", "s_q_inv", "s_d_inv", "planes")
+    pointers |= {"ends_0": "i64", "ends_4": "i64"}
     return pointers | dict.fromkeys((*sizes, *strides), "i32") | {"temperature": "fp32", "scale": "fp32"}
 
 
@@ -30,7 +31,7 @@ def requests() -> dict[str, dict[str, Any]]:
     from pyelastic.ops import _maxsim_triton as launcher
 
     pieces = launcher.pieces
-    maxsim, maxsim_backward, maxsim_smooth = launcher._kernels()
+    maxsim, maxsim_backward, maxsim_smooth, several = launcher._kernels()
     found: dict[str, dict[str, Any]] = {}
 
     def add(
@@ -52,7 +53,7 @@ def requests() -> dict[str, dict[str, Any]]:
             **LAYOUT, **FACTORS, **pieces(dim, block_k), "D": dim, "OPERAND": TYPES[bits], "BITS": 0,
             "BLOCK_Q": block_q, "BLOCK_D": block_d,
         }  # fmt: skip
-        options = {"HAS_FLOOR": True, "MAXIMA": True, "WINNERS": True, "TOPK": 1}
+        options = {"HAS_FLOOR": True, "MAXIMA": True, "WINNERS": True}
         name = f"{TYPES[bits]} D{width or ' any'}"
         add(f"forward {name}", ":forward", bits, common | options, warps, stages, archs)
         if width == 128:
@@ -64,11 +65,20 @@ def requests() -> dict[str, dict[str, Any]]:
             quantised = options | {"WINNERS": False, "HAS_FLOOR": False, "BITS": 2}
             add(f"forward 2-bit {name}", ":forward", bits, common | quantised, warps, stages, archs)
         if width == 128 or bits == 32:
-            several = options | {"TOPK": 4, "HAS_FLOOR": False}
-            add(f"forward top-k {name}", ":forward", bits, common | several, warps, stages, archs)
+            for topk, (most_q, most_d) in several.MAXSIM_TOPK_TILES.items():
+                tile = {"BLOCK_Q": min(block_q, most_q), "BLOCK_D": min(block_d, most_d)}
+                some = {"MAXIMA": True, "WINNERS": True, "TOPK": topk, "SLOTS": topk, **tile}
+                add(f"forward top-{topk} {name}", "_several:forward_topk", bits, common | some, warps, stages, archs)
             add(f"smooth_forward {name}", "_smooth:forward_smooth", bits, common, warps, stages, archs)
             narrow = common | options | pieces(96, block_k) | {"D": 96}
             add(f"forward D96 {TYPES[bits]}", ":forward", bits, narrow, warps, stages, archs)
+    for bits in several.MAXSIM_PREFIX_CONFIGS:
+        for prefixes in ((64, 128), (64, 128, 256, 512, 768), tuple(range(96, 769, 96))):
+            constants = launcher.prefix_constants(several, prefixes, bits)
+            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            options = {"HAS_FLOOR": True, "MAXIMA": True, "WINNERS": True, "OPERAND": TYPES[bits], "BITS": 0}
+            name = f"forward {len(prefixes)} prefixes of {prefixes[-1]} {TYPES[bits]}"
+            add(name, "_several:forward_prefixes", bits, LAYOUT | FACTORS | options | constants, warps, stages)
     for (bits, width), (own, other, warps, stages) in maxsim_backward.MAXSIM_BACKWARD_CONFIGS.items():
         common = {**GRADIENT, "Q_INV": True, "JACOBIAN": True, "TOPK": 1, "D": width, "WIDTH": width}
         blocks = {"BLOCK_D": own, "BLOCK_Q": other}

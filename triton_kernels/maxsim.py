@@ -76,15 +76,15 @@ def multiply(a, b, acc):
 
 
 @triton.jit
-def load_rows(p_x, row, m_row, o_k, s_row, D: tl.constexpr):
-    """x[row, o_k] [rows, columns]; zeros where m_row is not and beyond column D."""
+def load_rows(p_x, row, m_row, o_k, s_row, D):
+    """x[row, o_k] [rows, columns]; zeros where m_row is not and from column D on."""
     mask = m_row[:, None] & (o_k < D)[None, :]
     return tl.load(p_x + row[:, None] * s_row + o_k[None, :], mask=mask, other=0)
 
 
 @triton.jit
 def load_documents(
-    p_d, p_codes, p_centroids, p_buckets, row, m_row, o_k, s_d, s_centroid, D: tl.constexpr, BITS: tl.constexpr
+    p_d, p_codes, p_centroids, p_buckets, row, m_row, o_k, s_d, s_centroid, D, BITS: tl.constexpr
 ):  # fmt: skip
     """As load_rows for documents, decoded if BITS (8: the integers, without their scale; 2 or 4: residuals)."""
     if BITS == 0 or BITS == 8:
@@ -195,12 +195,12 @@ def forward(
     p_mask, p_floor,  # [tokens of D], [Nd]
     p_pair_q, p_pair_d,  # [rows], if LIST
     p_maxima,  # [rows, width], if MAXIMA
-    p_winners,  # [TOPK, rows, width], if WINNERS; 16 or 32 bits
-    tokens, rows, width, tiles, s_q, s_d, s_centroid,
+    p_winners,  # [rows, width], if WINNERS; 16 or 32 bits
+    tokens, width, tiles, s_q, s_d, s_centroid,
     LIST: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, Q_INV: tl.constexpr, D_INV: tl.constexpr,
-    MAXIMA: tl.constexpr, WINNERS: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr, W0: tl.constexpr,
-    W1: tl.constexpr, W2: tl.constexpr, HOLD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAXIMA: tl.constexpr, WINNERS: tl.constexpr, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    W2: tl.constexpr, HOLD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row r of the output is document r, or pair r; its columns the tokens of all queries, or of the pair's."""
     i_r, i_t = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
@@ -218,51 +218,33 @@ def forward(
     o_t = tl.arange(0, BLOCK_D)
     b_0, b_1, b_2 = load_pieces(p_q, o_q, m_q, s_q, D, W0, W1, W2)
     p_out = i_r * width + o_s
-    # The k largest: each pass takes the next after the winner of the one before, by similarity and then token.
-    total, last = tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], float("nan"), tl.float32)
-    last_at = tl.full([BLOCK_Q], -1, tl.int32)
     n_kept, first_kept = kept_tokens(p_mask, begin, length, HAS_MASK)
-    for level in range(TOPK):
-        best = tl.full([BLOCK_Q, BLOCK_D], NONE, tl.float32)
-        at = tl.full([BLOCK_Q, BLOCK_D], -1, tl.int32)
-        for t in range(0, length, BLOCK_D):
-            row, m_t = begin + t + o_t, t + o_t < length
-            s = similarities(b_0, b_1, b_2, p_q, o_q, m_q, s_q, p_d, p_codes, p_centroids, p_buckets, row, m_t, s_d,
-                             s_centroid, D, W0, W1, W2, HOLD, BITS, OPERAND, BLOCK_Q, BLOCK_D)  # fmt: skip
-            if D_INV:
-                s *= tl.load(p_d_inv + row, mask=m_t, other=0.0)[None, :]
-            if HAS_MASK:
-                m_t = m_t & (tl.load(p_mask + row, mask=m_t, other=0) != 0)
-            counts = m_t[None, :]
-            if TOPK > 1:
-                nan, last_nan = s != s, (last != last)[:, None]
-                later = (t + o_t)[None, :] > last_at[:, None]
-                after = tl.where(last_nan, ~nan | later, ~nan & ((s < last[:, None]) | ((s == last[:, None]) & later)))
-                counts = counts & after
-            s = tl.where(counts, s, NONE)
-            better = (s > best) | ((s != s) & (best == best))
-            best = tl.where(better, s, best)
-            at = tl.where(better, t, at)
-        last, last_at = first_of(best, at, o_t)
-        if TOPK > 1:
-            total += tl.where(level < n_kept, last, 0.0)
-        else:
-            # Nothing is above -inf, so a token that has only such similarities has no winner yet: the first.
-            last_at = tl.where((last_at < 0) & (n_kept > 0), first_kept, last_at)
-            total = tl.where(n_kept > 0, last, 0.0)
-            if Q_INV:
-                total *= tl.load(p_q_inv + o_q, mask=m_q, other=0.0)
-            if HAS_FLOOR:
-                below = (tl.load(p_floor + i_d) != 0) & (total < 0)
-                total = tl.where(below, 0.0, total)
-                last_at = tl.where(below, -1, last_at)
-        if WINNERS:
-            to = p_winners + tl.cast(level, tl.int64) * rows * width + p_out
-            tl.store(to, last_at.to(p_winners.dtype.element_ty), mask=m_s)
-    if TOPK > 1:
-        total /= tl.minimum(tl.maximum(n_kept, 1), TOPK).to(tl.float32)
-        if Q_INV:
-            total *= tl.load(p_q_inv + o_q, mask=m_q, other=0.0)
+    best = tl.full([BLOCK_Q, BLOCK_D], NONE, tl.float32)
+    at = tl.full([BLOCK_Q, BLOCK_D], -1, tl.int32)
+    for t in range(0, length, BLOCK_D):
+        row, m_t = begin + t + o_t, t + o_t < length
+        s = similarities(b_0, b_1, b_2, p_q, o_q, m_q, s_q, p_d, p_codes, p_centroids, p_buckets, row, m_t, s_d,
+                         s_centroid, D, W0, W1, W2, HOLD, BITS, OPERAND, BLOCK_Q, BLOCK_D)  # fmt: skip
+        if D_INV:
+            s *= tl.load(p_d_inv + row, mask=m_t, other=0.0)[None, :]
+        if HAS_MASK:
+            m_t = m_t & (tl.load(p_mask + row, mask=m_t, other=0) != 0)
+        s = tl.where(m_t[None, :], s, NONE)
+        better = (s > best) | ((s != s) & (best == best))
+        best = tl.where(better, s, best)
+        at = tl.where(better, t, at)
+    total, winner = first_of(best, at, o_t)
+    # Nothing is above -inf, so a token that has only such similarities has no winner yet: the first.
+    winner = tl.where((winner < 0) & (n_kept > 0), first_kept, winner)
+    total = tl.where(n_kept > 0, total, 0.0)
+    if Q_INV:
+        total *= tl.load(p_q_inv + o_q, mask=m_q, other=0.0)
+    if HAS_FLOOR:
+        below = (tl.load(p_floor + i_d) != 0) & (total < 0)
+        total = tl.where(below, 0.0, total)
+        winner = tl.where(below, -1, winner)
+    if WINNERS:
+        tl.store(p_winners + p_out, winner.to(p_winners.dtype.element_ty), mask=m_s)
     if MAXIMA:
         tl.store(p_maxima + p_out, tl.where(m_q, total, 0.0), mask=m_s)
 

@@ -5,6 +5,7 @@ Same raw ops as _maxsim_cpu. Nothing here synchronises: offsets, pairs and masks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -22,10 +23,10 @@ PROGRAMS = 264  # two for each multiprocessor of an H200: an estimate, not measu
 SPLIT_ROWS = 16  # documents that a share of a tile of query tokens has at least
 
 
-def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
-    from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_smooth
+def _kernels() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
+    from pyelastic.triton_kernels import maxsim, maxsim_backward, maxsim_several, maxsim_smooth
 
-    return maxsim, maxsim_backward, maxsim_smooth
+    return maxsim, maxsim_backward, maxsim_smooth, maxsim_several
 
 
 def _guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -46,6 +47,31 @@ def pieces(dim: int, block: int) -> dict[str, Any]:
     return dict(zip(("W0", "W1", "W2"), widths, strict=True)) | {"HOLD": True}
 
 
+def prefix_constants(kernels: ModuleType, prefixes: Sequence[int], bits: int) -> dict[str, Any]:
+    """Constexpr arguments of ``forward_prefixes``; steps pad the segments between prefixes by an eighth at most."""
+    block_q, block_d, step, warps, stages = kernels.MAXSIM_PREFIX_CONFIGS[bits]
+    segments = [end - begin for begin, end in zip((0, *prefixes), prefixes, strict=False)]
+    while step > 16 and sum(-n % step for n in segments) > prefixes[-1] / 8:
+        step //= 2
+    unroll = sum(-(-n // step) for n in segments) <= kernels.UNROLLED_STEPS[bits]
+    return {
+        "PLANES": 1 << max(1, (len(prefixes) - 1).bit_length()), "STEP": step, "UNROLL": unroll,
+        "PREFIXES": digits((0, *prefixes)) if unroll else 0, "ALIGNED": all(end % 16 == 0 for end in prefixes),
+        "BLOCK_Q": block_q, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def digits(prefixes: Sequence[int]) -> int:
+    """As one integer, the first in the lowest 16 bits, as a signed 64-bit one if there are four."""
+    packed = sum(end << (16 * n) for n, end in enumerate(prefixes))
+    return packed - (1 << 64) if len(prefixes) == 4 and packed >> 63 else packed
+
+
+def _plane_stride(factors: Tensor) -> int:
+    """From plane to plane of [planes, tokens]; int8 scales [tokens] are those of every plane."""
+    return factors.stride(0) if factors.ndim == 2 else 0
+
+
 class _Problem:
     """A call's tensors as the kernels take them, and their configurations."""
 
@@ -54,7 +80,7 @@ class _Problem:
         import triton.language as tl
 
         self.x, self.cdiv, self.power = x, triton.cdiv, triton.next_power_of_2
-        self.forward_kernels, self.backward_kernels, self.smooth_kernels = _kernels()
+        self.forward_kernels, self.backward_kernels, self.smooth_kernels, self.several_kernels = _kernels()
         self.queries, self.documents = rows_of(x.queries.detach()), rows_of(x.documents.detach())
         self.device = self.queries.device
         self.bits = 8 if x.d_scale is not None else 0
@@ -96,7 +122,9 @@ class _Problem:
             made.append(out)
         return made[0], made[1]
 
-    def factors(self, q_inv: Tensor | None, d_inv: Tensor | None, plane: int) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    def factors(
+        self, q_inv: Tensor | None, d_inv: Tensor | None, plane: int | slice
+    ) -> tuple[Tensor, Tensor, dict[str, bool]]:
         """The tokens' factors and which there are; int8 tokens that are not normalised have their scales."""
         q = None if q_inv is None else q_inv[plane]
         d = self.scale if d_inv is None else d_inv[plane]
@@ -128,32 +156,75 @@ class _Problem:
         return {"LIST": self.listed, "HAS_MASK": self.x.d_mask is not None}
 
     def forward(
-        self, plane: int, q_inv: Tensor | None, d_inv: Tensor | None, maxima: Tensor | None, winners: Tensor | None,
+        self, q_inv: Tensor | None, d_inv: Tensor | None, maxima: Tensor | None, winners: Tensor | None,
         first: int = 0, offsets: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Maxima [rows, width] and winners [k, rows, width] of a plane; `offsets`: of documents first .. alone."""
+        """Maxima [planes, rows, width], winners [planes or k, rows, width]; `offsets`: of documents first .. alone."""
         x = self.x
         offsets = x.d_offsets if offsets is None else offsets
         rows = self.rows if self.listed else offsets.shape[0] - 1
-        tiles, constants = self.configure(x.prefixes[plane])
-        if rows * tiles == 0:
+        if rows * self.width == 0:
             return
-        q, d, there = self.factors(q_inv, d_inv, plane)
+        floor = self.floor if x.floor is None else self.floor[first:]
+        if x.planes > 1:
+            return self._prefixes(rows, offsets, floor, q_inv, d_inv, maxima, winners)
+        tiles, constants = self.configure(x.prefixes[0])
+        q, d, there = self.factors(q_inv, d_inv, 0)
         inputs = (self.queries, self.documents, *self.codec, q, d, x.q_offsets, offsets, self.mask)
+        pairs = self.pair_q, self.pair_d
         if x.temperature > 0:
             self.smooth_kernels.forward_smooth[(rows * tiles,)](
-                *inputs, self.pair_q, self.pair_d, maxima, self.tokens, self.width, tiles, *self.strides, x.temperature,
+                *inputs, *pairs, maxima, self.tokens, self.width, tiles, *self.strides, x.temperature,
                 LOG2E / x.temperature, **there, **constants,
             )  # fmt: skip
             return
-        floor = self.floor if x.floor is None else self.floor[first:]
-        nothing = self.queries
+        outputs, which = self._outputs(maxima, winners)
+        if x.topk > 1:
+            slots = max(2, self.power(self.levels))
+            table = self.several_kernels.MAXSIM_TOPK_TILES
+            block_q, block_d = table[min(n for n in table if n >= slots)]
+            for name, most in (("BLOCK_Q", block_q), ("BLOCK_D", block_d)):
+                constants[name] = min(constants[name], most)
+            tiles = self.cdiv(self.width, constants["BLOCK_Q"])
+            self.several_kernels.forward_topk[(rows * tiles,)](
+                *inputs, *pairs, *outputs, self.tokens, rows, self.width, tiles, *self.strides, TOPK=self.levels,
+                SLOTS=slots, **which, **there, **constants,
+            )  # fmt: skip
+            return
         self.forward_kernels.forward[(rows * tiles,)](
-            *inputs, floor, self.pair_q, self.pair_d, nothing if maxima is None else maxima,
-            nothing if winners is None else winners, self.tokens, rows, self.width, tiles, *self.strides,
-            HAS_FLOOR=x.floor is not None, MAXIMA=maxima is not None, WINNERS=winners is not None, TOPK=self.levels,
-            **there, **constants,
+            *inputs, floor, *pairs, *outputs, self.tokens, self.width, tiles, *self.strides,
+            HAS_FLOOR=x.floor is not None, **which, **there, **constants,
         )  # fmt: skip
+
+    def _outputs(self, maxima: Tensor | None, winners: Tensor | None) -> tuple[tuple[Tensor, Tensor], dict[str, bool]]:
+        nothing = self.queries
+        both = nothing if maxima is None else maxima, nothing if winners is None else winners
+        return both, {"MAXIMA": maxima is not None, "WINNERS": winners is not None}
+
+    def _prefixes(
+        self, rows: int, offsets: Tensor, floor: Tensor, q_inv: Tensor | None, d_inv: Tensor | None,
+        maxima: Tensor | None, winners: Tensor | None,
+    ) -> None:  # fmt: skip
+        """As many prefixes in one pass as a kernel's registers hold; each pass starts at the first column again."""
+        x, kernels = self.x, self.several_kernels
+        for begin in range(0, x.planes, kernels.MAX_PLANES):
+            prefixes = x.prefixes[begin : begin + kernels.MAX_PLANES]
+            q, d, there = self.factors(q_inv, d_inv, slice(begin, None))
+            some = slice(begin, begin + len(prefixes))
+            outputs, which = self._outputs(
+                None if maxima is None else maxima[some], None if winners is None else winners[some]
+            )
+            constants = prefix_constants(kernels, prefixes, self.operand_bits)
+            constants["BLOCK_Q"] = min(constants["BLOCK_Q"], max(16, self.power(self.width)))
+            constants["BLOCK_D"] = min(constants["BLOCK_D"], max(16, self.power(x.max_d)))
+            tiles = self.cdiv(self.width, constants["BLOCK_Q"])
+            kernels.forward_prefixes[(rows * tiles,)](
+                self.queries, self.documents, *self.codec, q, d, x.q_offsets, offsets, self.mask, floor, self.pair_q,
+                self.pair_d, *outputs, self.tokens, rows, self.width, tiles, len(prefixes),
+                digits(prefixes[:4]), digits(prefixes[4:]), *self.strides, *map(_plane_stride, (q, d)),
+                HAS_FLOOR=x.floor is not None, BITS=self.bits, OPERAND=self.operand, **self.flags(), **which, **there,
+                **constants,
+            )  # fmt: skip
 
     def sum_tokens(self, maxima: Tensor, scores: Tensor) -> None:
         """Scores [Nq, Nd] or [P] from one plane of maxima."""
@@ -189,16 +260,14 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         smooth = x.temperature > 0
         keeps = per_token or (save and smooth)
         scores = torch.empty((0,) if per_token else x.score_shape(), device=p.device)
-        maxima = torch.empty(x.token_shape(x.planes if keeps else 1), device=p.device)
+        maxima = torch.empty(x.token_shape(x.planes), device=p.device)
         there = save and not smooth
         winners = torch.empty(x.token_shape(x.winner_planes) if there else (0,), dtype=x.winner_dtype, device=p.device)
         if there and x.topk > p.levels:
             winners[p.levels :].fill_(-1)
-        for plane in range(x.planes):
-            m = maxima[plane if keeps else 0]
-            p.forward(plane, q_inv, d_inv, m, winners[plane : plane + x.topk] if there else None)
-            if not per_token:
-                p.sum_tokens(m, scores[plane])
+        p.forward(q_inv, d_inv, maxima, winners if there else None)
+        for plane in range(0 if per_token else x.planes):
+            p.sum_tokens(maxima[plane], scores[plane])
         # Outputs that are absent are tensors of their own: torch.compile refuses results that are one another.
         maxima, q_inv, d_inv = (
             torch.empty(0, device=p.device) if t is None else t for t in (maxima if keeps else None, q_inv, d_inv)
@@ -366,10 +435,9 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
                 shape = list(x.token_shape(x.winner_planes))
                 shape[1] = shape[1] if p.listed else offsets.shape[0] - 1
                 won = torch.empty(shape, dtype=torch.float32 if smooth else x.winner_dtype, device=p.device)
+                p.forward(q_inv, d_inv, won if smooth else None, None if smooth else won, first, offsets)
             for plane in range(x.planes):
                 mine = won[plane] if smooth else won[plane : plane + x.topk]
-                if saved.numel() == 0:
-                    p.forward(plane, q_inv, d_inv, mine if smooth else None, None if smooth else mine, first, offsets)
                 if need_queries:
                     steps.queries(plane, g[plane], mine, offsets, d_q, several_q)
                 if need_documents:

@@ -18,10 +18,10 @@ interpreted = pytest.mark.skipif(not backends.INTERPRETED, reason="the interpret
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, block_q: int = 16, block_d: int = 16) -> None:
     """Tiles of so many tokens, so that small cases have several."""
-    kernels, backward, smooth = launcher._kernels()
+    kernels, backward, smooth, several = launcher._kernels()
     for module, name in (
         (kernels, "MAXSIM_CONFIGS"), (kernels, "MAXSIM_CONFIGS_SM90"), (backward, "MAXSIM_BACKWARD_CONFIGS"),
-        (smooth, "MAXSIM_SMOOTH_CONFIGS"),
+        (smooth, "MAXSIM_SMOOTH_CONFIGS"), (several, "MAXSIM_PREFIX_CONFIGS"), (several, "MAXSIM_TOPK_TILES"),
     ):  # fmt: skip
         table = {key: (block_q, block_d, *config[2:]) for key, config in getattr(module, name).items()}
         monkeypatch.setattr(module, name, table)
@@ -34,7 +34,7 @@ def test_around_a_tile(lq: int, ld: int, monkeypatch: pytest.MonkeyPatch) -> Non
     compare("triton", make(nq=1, nd=2, lq=lq, ld=ld, dim=8, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("options", ({}, {"topk": 2}, {"temperature": 0.5}), ids=str)
+@pytest.mark.parametrize("options", ({}, {"topk": 2}, {"temperature": 0.5}, {"dims": (3, 8)}), ids=str)
 def test_tiles_that_several_queries_share(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """5 queries of 7 tokens in tiles of 16: programs begin and end in the middle of a query."""
     small_tiles(monkeypatch)
@@ -49,6 +49,53 @@ def test_pieces_of_the_dimension(dim: int, block: int, want: tuple[int, ...]) ->
     made = launcher.pieces(dim, block)
     assert (made["W0"], made["W1"], made["W2"]) == want and made["HOLD"] == (block == 0)
     assert not made["HOLD"] or sum(want) >= dim > sum(want) - 16 - want[2]
+
+
+@pytest.mark.parametrize("topk", (2, 5, 17, 64))
+def test_the_best_of_several_tiles(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists shorter and longer than a tile, and longer than the document; masked tokens are in none."""
+    small_tiles(monkeypatch)
+    compare("triton", masks(make(nq=1, nd=2, lq=3, ld=50, dim=8)).having(topk=topk))
+
+
+def test_order_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger first, of equal ones the earlier token; -0 equals 0, NaN is the largest, -inf a similarity like others."""
+    small_tiles(monkeypatch)
+    nan, inf = float("nan"), float("inf")
+    column = torch.tensor([1.0, -0.0, -inf, 0.0, 2.0, nan, -3.0, 2.0, inf, nan] + [-5.0] * 8 + [2.0, 1.0])
+    documents, query = column[None, :, None], torch.ones(1, 1)
+    prepared = op.prepare(query, documents, topk=16, save="winners")
+    winners = op.OPS["triton"][0](*prepared.inputs, False, True)[2]
+    got = winners.flatten().tolist()
+    assert got == [5, 9, 8, 4, 7, 18, 0, 19, 1, 3, 6, 10, 11, 12, 13, 14]
+
+
+class Counted:
+    """A kernel, and the PLANES of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.launches.append(constants["PLANES"])
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    ("dims", "want"), (((4, 20), [2]), (tuple(range(2, 18, 2)), [8]), (tuple(range(1, 12)), [8, 4]))
+)
+def test_a_launch_takes_several_prefixes(
+    dims: tuple[int, ...], want: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass for as many prefixes as the registers hold."""
+    several = launcher._kernels()[3]
+    counted = Counted(several.forward_prefixes)
+    monkeypatch.setattr(several, "forward_prefixes", counted)
+    compare("triton", make(nq=2, nd=2, lq=3, ld=5, dim=20).having(dims=dims))
+    assert counted.launches == want
 
 
 @pytest.mark.parametrize("dim", (48, 100, 260, 520))
