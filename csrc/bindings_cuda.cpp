@@ -4,6 +4,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <vector>
 
 #include "fira.h"
 #include "margin_softmax.h"
@@ -196,6 +197,16 @@ void bind_maxsim(py::module_& m) {
           cuda::maxsim_forward(problem(p), {mma, q_aligned, d_aligned}, as<const float>(share), as<float>(maxima),
                                {as<void>(winners), narrow}, as<void>(stream));
         }, nogil);
+  m.def("cuda_maxsim_forward_prefixes",
+        [](const Problem& p, bool mma, bool q_aligned, bool d_aligned, const std::vector<Int>& prefixes,
+           const std::tuple<Int, Int, Int, Int>& strides, Pointer maxima, Pointer winners, bool narrow, Pointer stream) {
+          auto of_all = problem(p);
+          of_all.prefixes = prefixes.data();
+          const auto& [q_inv, d_inv, of_maxima, of_winners] = strides;
+          cuda::maxsim_forward_prefixes(of_all, {mma, q_aligned, d_aligned},
+                                        {static_cast<int>(prefixes.size()), q_inv, d_inv, of_maxima, of_winners},
+                                        as<float>(maxima), {as<void>(winners), narrow}, as<void>(stream));
+        }, nogil);
   m.def("cuda_maxsim_scores",
         [](const Problem& p, Pointer maxima, Pointer weights, Pointer scores, Int ld, Pointer stream) {
           cuda::maxsim_scores(problem(p), as<const float>(maxima), as<const float>(weights), as<float>(scores), ld,
@@ -234,9 +245,20 @@ void bind_projection(py::module_& m) {
                                    as<void>(stream));
         }, nogil);
   m.def("cuda_projection_backward",
-        [](const Rows& grad, const Rows& y, Pointer inverse, Int rows, Int dim, Pointer dz, Pointer stream) {
-          cuda::projection_backward(rows_view(grad), rows_view(y), as<const float>(inverse), rows, dim, as<float>(dz),
-                                    as<void>(stream));
+        [](const Rows& grad, const Rows& y, Pointer inverse, Int rows, Int dim, bool parts, Pointer dz, Int part,
+           Pointer stream) {
+          cuda::projection_backward(rows_view(grad), rows_view(y), as<const float>(inverse), rows, dim, parts,
+                                    as<void>(dz), part, as<void>(stream));
+        }, nogil);
+  m.def("cuda_projection_fits", [](Int dim) { return dim <= cuda::kProjectionLinearDim; });
+  m.def("cuda_projection_linear",
+        [](const Rows& x, const Rows& weight, const Rows& residual, const Rows& residual_weight, Pointer bias,
+           const std::tuple<Int, Int, Int, Int>& sizes, Pointer out, Int out_stride, Pointer inverse, Pointer stream) {
+          const auto& [rows, dim, depth, residual_depth] = sizes;
+          cuda::projection_linear({rows_view(x), rows_view(weight), rows_view(residual), rows_view(residual_weight),
+                                   as<const float>(bias), rows, dim, depth, residual_depth, as<void>(out), out_stride,
+                                   as<float>(inverse)},
+                                  as<void>(stream));
         }, nogil);
 }
 

@@ -130,9 +130,9 @@ extern const MaxSimKernels<double> maxsim_double;
 
 namespace cuda {
 
-// CUDA: float32 throughout, one plane a call: dim is the prefix, q_inv and d_inv that plane's [total], maxima, winners
-// and scores point at it; planes is 1, or the number of winners with top-k; prefixes is not read. All pointers but the
-// structs themselves are the device's.
+// CUDA: float32 throughout, one plane a call (but maxsim_forward_prefixes): dim is the prefix, q_inv and d_inv that
+// plane's [total], maxima, winners and scores point at it; planes is 1, or the number of winners with top-k; prefixes is
+// not read. All pointers but the structs themselves are the device's.
 
 // inverse[t] = 1 / max(|x_t[:dim]|, 1e-12).
 void maxsim_norms(const Tokens& x, std::int64_t dim, float* inverse, void* stream);
@@ -146,6 +146,20 @@ struct MaxSimReads {
 // maxima (per token) and, unless winners.data is null, winners. share [d.count]: 1 / min(topk, kept tokens), for top-k.
 void maxsim_forward(const MaxSimProblem& problem, MaxSimReads reads, const float* share, float* maxima, Winners winners,
                     void* stream);
+
+constexpr int kMaxSimPlanes = 8;
+
+// Elements from one plane of an array to the next. count: of the prefixes, at most kMaxSimPlanes.
+struct MaxSimPlanes {
+  int count;
+  std::int64_t q_inv, d_inv, maxima, winners;
+};
+
+// Maxima and winners of several prefixes in one pass. problem.prefixes [planes.count] is the host's, rising to
+// problem.dim; q_inv, d_inv, maxima and winners point at the first plane. With mma, prefixes but the last are multiples
+// of 16.
+void maxsim_forward_prefixes(const MaxSimProblem& problem, MaxSimReads reads, const MaxSimPlanes& planes, float* maxima,
+                             Winners winners, void* stream);
 
 // scores [Nq, ld] or [P]: the sum of w m over the tokens of each pair. ld >= d.count.
 void maxsim_scores(const MaxSimProblem& problem, const float* maxima, const float* weights, float* scores,

@@ -7,7 +7,8 @@
 //
 // Division of labour: the launcher (pyelastic/ops/_projection.py) walks over chunks of rows. Per chunk the BLAS that torch
 // carries makes the products, `forward` turns W x (+ R r) into y in its only store, and `backward` makes dz, from which
-// the BLAS makes the gradients. z of all rows never exists.
+// the BLAS makes the gradients. z of all rows never exists. On CUDA `projection_linear` makes y of 16-bit operands whole,
+// and z of no row exists.
 //
 // Conventions. T is the compute type, float or double. Matrices are row-major with contiguous columns; strides are those
 // of rows, in elements. Deterministic: a row is owned by one thread (CPU), or by one warp or block (CUDA).
@@ -55,8 +56,26 @@ using Stream = void*;
 
 void projection_forward(const float* z, const float* bias, MatrixView residual, std::int64_t rows, std::int64_t dim,
                         void* out, Dtype dtype, std::int64_t stride, float* inverse, Stream stream);
+// parts: dz is bfloat16, [2, rows, dim] with the second part `part` elements after the first: dz rounded, and what that
+// leaves; else float.
 void projection_backward(MatrixView grad, MatrixView y, const float* inverse, std::int64_t rows, std::int64_t dim,
-                         float* dz, Stream stream);
+                         bool parts, void* dz, std::int64_t part, Stream stream);
+
+constexpr std::int64_t kProjectionLinearDim = 256;
+
+// The layer in one kernel. x [rows, depth], weight [dim, depth], residual [rows, residual_depth] with residual_weight
+// [dim, residual_depth], or [rows, dim] without (its data null, residual_depth 0), out [rows, dim]: all float16, or all
+// bfloat16. The rows of what is multiplied start at multiples of 16 bytes, both depths are multiples of 8, and dim is at
+// most kProjectionLinearDim. bias [dim] and inverse [rows] may be null.
+struct ProjectionLinear {
+  MatrixView x, weight, residual, residual_weight;
+  const float* bias;
+  std::int64_t rows, dim, depth, residual_depth;
+  void* out;
+  std::int64_t out_stride;
+  float* inverse;
+};
+void projection_linear(const ProjectionLinear& problem, Stream stream);
 
 }  // namespace cuda
 

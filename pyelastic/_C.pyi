@@ -149,7 +149,14 @@ def cuda_projection_forward(
     stream: int, /,
 ) -> None: ...
 def cuda_projection_backward(
-    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, stream: int, /,
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, parts: bool, dz: int,
+    part: int, stream: int, /,
+) -> None: ...
+def cuda_projection_fits(dim: int, /) -> bool: ...
+def cuda_projection_linear(
+    x: tuple[int, int, int], weight: tuple[int, int, int], residual: tuple[int, int, int],
+    residual_weight: tuple[int, int, int], bias: int, sizes: tuple[int, int, int, int], out: int, out_stride: int,
+    inverse: int, stream: int, /,
 ) -> None: ...
 
 # fira, one set per compute type. Contract: csrc/fira.h. problem: (vectors, dim, rank, left, beta1, beta2, eps, factor,
@@ -222,6 +229,10 @@ def cuda_maxsim_norms(x: _CudaSide, dim: int, inverse: int, stream: int, /) -> N
 def cuda_maxsim_forward(
     p: _CudaProblem, mma: bool, q_aligned: bool, d_aligned: bool, share: int, maxima: int, winners: int, narrow: bool,
     stream: int, /,
+) -> None: ...
+def cuda_maxsim_forward_prefixes(
+    p: _CudaProblem, mma: bool, q_aligned: bool, d_aligned: bool, prefixes: list[int],
+    strides: tuple[int, int, int, int], maxima: int, winners: int, narrow: bool, stream: int, /,
 ) -> None: ...
 def cuda_maxsim_scores(
     p: _CudaProblem, maxima: int, weights: int, scores: int, ld: int, stream: int, /,

@@ -53,7 +53,8 @@ def run_cases() -> None:
                     e, w, labels, margin=margin, subcenters=subcenters, return_aux=aux, backend="cuda"
                 )
                 (out[0] if aux else out).backward()
-        for d_out, other, normalize in ((40, dtype, True), (1100, torch.float32, True), (40, dtype, False)):
+        shapes = ((40, dtype, True), (1100, torch.float32, True), (40, dtype, False))
+        for d_out, other, normalize in (*shapes, (100, dtype, True), (200, dtype, True)):
             x = torch.randn(33, 24, device="cuda", dtype=dtype, requires_grad=True)
             weight = torch.randn(d_out, 24, device="cuda", dtype=dtype, requires_grad=True)
             residual = torch.randn(33, d_out, device="cuda", dtype=other, requires_grad=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maxsim import SIZES, load_documents, load_rows, split3
+from ._common import split3
+from .maxsim import SIZES, load_documents, load_rows
 
 # (operand bits, columns WIDTH of the accumulator) -> (BLOCK_D, BLOCK_Q, num_warps, num_stages) of grad_documents.
 # Chosen by compiling, as MAXSIM_CONFIGS; not measured on a GPU.

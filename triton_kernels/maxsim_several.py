@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maxsim import NONE, SIZES, first_of, kept_tokens, load_documents, load_pieces, load_rows, multiply, similarities
+from ._common import multiply
+from .maxsim import NONE, SIZES, first_of, kept_tokens, load_documents, load_pieces, load_rows, similarities
 
 MAX_PLANES = 8  # prefixes of one launch; its unrolled code and its registers grow with them
 PLANE_BITS = 16  # prefixes of the dimension are passed as digits of integers, 0 the lowest

@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maxsim import NONE, SIZES, kept_tokens, load_documents, load_pieces, load_rows, multiply, similarities, split3
+from ._common import multiply, split3
+from .maxsim import NONE, SIZES, kept_tokens, load_documents, load_pieces, load_rows, similarities
 from .maxsim_backward import coefficient, store_rows
 
 LN2 = tl.constexpr(0.6931471805599453)

@@ -55,7 +55,7 @@ void maxsim_norms(const Tokens& x, std::int64_t dim, float* inverse, void* strea
 void maxsim_forward(const MaxSimProblem& p, MaxSimReads reads, const float* share, float* maxima, Winners winners,
                     void* stream) {
   const float smooth = p.temperature > 0 ? static_cast<float>(1.4426950408889634 / p.temperature) : 0.0f;
-  const Sweep w{0, 0, reads.q_aligned, reads.d_aligned, false, smooth, share, maxima, winners};
+  const Sweep w{0, 0, reads.q_aligned, reads.d_aligned, false, smooth, share, maxima, winners, {}};
   if (reads.mma) return maxsim_forward_mma(p, w, stream);
   forward_on<Simt>(p, w, stream);
 }

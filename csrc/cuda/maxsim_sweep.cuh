@@ -22,6 +22,12 @@ constexpr int kResidentChunks = 4;  // of the dimension: up to here the queries 
 constexpr int kNone = INT_MAX;      // position of no token
 constexpr int kMaxTopk = 64;
 
+// Prefixes of the dimension that one sweep takes, and how far apart their planes are, in elements.
+struct Planes {
+  int count, ends[kMaxSimPlanes];
+  std::int64_t q_inv, d_inv, maxima, winners;
+};
+
 struct Sweep {
   std::int64_t tiles_m, per_block;  // documents of a block; 1 for a list
   bool q_aligned, d_aligned, resident;
@@ -29,6 +35,7 @@ struct Sweep {
   const float* share;  // [d.count], top-k
   float* maxima;
   Winners winners;
+  Planes planes;  // read by Prefixes (maxsim_prefixes.cu) alone
 };
 
 // What one block does: rows first_q .. of the query tokens, whose results begin at `out` of the per-token arrays.
@@ -98,6 +105,7 @@ __device__ __forceinline__ std::uint32_t finish_tile(const MaxSimProblem& p, con
 template <class Engine, bool kWinners>
 struct Maximum {
   static constexpr int kSharedBytes = 0;  // a row
+  static constexpr bool kPrefixes = false;
   float m[Engine::kRows];
   int at[Engine::kRows];
 
@@ -130,6 +138,10 @@ struct Maximum {
   }
   __device__ __forceinline__ void finish(const MaxSimProblem& p, const Sweep& w, const Part& part, std::int64_t j,
                                          std::int64_t out, int warp_row) {
+    store(p, static_cast<const float*>(p.q_inv), w.maxima, w.winners, part, j, out, warp_row);
+  }
+  __device__ __forceinline__ void store(const MaxSimProblem& p, const float* q_inv, float* maxima, const Winners& winners,
+                                        const Part& part, std::int64_t j, std::int64_t out, int warp_row) {
     const int own = static_cast<int>(threadIdx.x) % Engine::kShare;  // the row of theirs that this lane stores
     float result = 0;
     int winner = kNone;
@@ -151,13 +163,13 @@ struct Maximum {
     const int row = warp_row + Engine::row(own);
     if (own >= Engine::kRows || row >= part.rows) return;
     if (result == -infinity()) winner = first_kept(p, j);  // nothing is above it, so it may be no token at all
-    result *= query_factor(p, part.first_q + row);
+    if (q_inv != nullptr) result *= q_inv[part.first_q + row];
     if (winner == -1 || (p.floor != nullptr && p.floor[j] != 0 && result < 0)) {
       winner = -1;
       result = 0;
     }
-    w.maxima[out + row] = result;
-    if constexpr (kWinners) store_winner(w.winners, out + row, winner);
+    maxima[out + row] = result;
+    if constexpr (kWinners) store_winner(winners, out + row, winner);
   }
 };
 
@@ -165,6 +177,7 @@ struct Maximum {
 template <class Engine>
 struct Smooth {
   static constexpr int kSharedBytes = 0;
+  static constexpr bool kPrefixes = false;
   float top[Engine::kRows], sum[Engine::kRows], scale[Engine::kRows];
 
   __device__ Smooth(const MaxSimProblem& p, const Sweep& w, const Part& part, int warp_row, unsigned char*) {
@@ -230,6 +243,7 @@ template <class Engine>
 struct TopK {
   static constexpr int kStride = kTileN + 1;
   static constexpr int kSharedBytes = 4 * (kStride + 2 * kMaxTopk);
+  static constexpr bool kPrefixes = false;
   float* tile;  // of this warp: [kWarpRows][kStride]
   float* best;  // [kMaxTopk][kWarpRows]
   int* at;
@@ -332,7 +346,8 @@ struct Cursor {
 };
 
 template <class Engine, class Aggregate, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, kWarps == Engine::kLargeWarps ? Engine::kLargeBlocks : 1)
+__global__ void __launch_bounds__(kWarps * 32,
+                                  kWarps == Engine::kLargeWarps && !Aggregate::kPrefixes ? Engine::kLargeBlocks : 1)
     sweep(MaxSimProblem p, Sweep w) {
   using L = Layout<Engine, Aggregate, kWarps>;
   using Element = typename Engine::Element;
@@ -401,12 +416,18 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == Engine::kLargeWarps ? E
           ahead.advance(p, Engine::kChunk);
         }
         cp_async_commit();
-        const int left = dim - n * Engine::kChunk;
+        const int left = dim - n * Engine::kChunk, depth = left < Engine::kChunk ? left : Engine::kChunk;
         const unsigned stage = step % kStages;
-        Engine::multiply(q_tiles + (w.resident ? static_cast<unsigned>(n) : stage) * L::kQueryBytes + warp_row * kRowBytes,
-                         d_tiles + stage * L::kDocumentBytes, left < Engine::kChunk ? left : Engine::kChunk, sums);
+        const unsigned char* const q =
+            q_tiles + (w.resident ? static_cast<unsigned>(n) : stage) * L::kQueryBytes + warp_row * kRowBytes;
+        const unsigned char* const d = d_tiles + stage * L::kDocumentBytes;
+        if constexpr (Aggregate::kPrefixes) {
+          aggregate.multiply(p, w, q, d, n * Engine::kChunk, depth, columns[tile % kStages], p.d.offsets[j] + t, t, sums);
+        } else {
+          Engine::multiply(q, d, 0, depth, sums);
+        }
       }
-      aggregate.take(sums, finish_tile<Engine>(p, columns[tile % kStages], sums), t);
+      if constexpr (!Aggregate::kPrefixes) aggregate.take(sums, finish_tile<Engine>(p, columns[tile % kStages], sums), t);
     }
     aggregate.finish(p, w, part, j, (listed ? part_of * p.max_q : j * p.q.total) + m0, warp_row);
   }

@@ -74,16 +74,29 @@ struct Simt {
       for (int c = 0; c < kColumns; ++c) s[r][c] = 0;
     }
   }
-  // q: this warp's first row of a chunk; d: the tile's; depth: elements of the chunk that there are.
-  static __device__ void multiply(const unsigned char* q, const unsigned char* d, int depth, Sums& s) {
+  // Of elements k .. k + 3, where begin < k + 4 and k < end: zeros outside of begin .. end - 1.
+  static __device__ __forceinline__ void inside(float4& x, int k, int begin, int end) {
+    x.x = k >= begin ? x.x : 0.0f;
+    x.y = k + 1 >= begin && k + 1 < end ? x.y : 0.0f;
+    x.z = k + 2 >= begin && k + 2 < end ? x.z : 0.0f;
+    x.w = k + 3 < end ? x.w : 0.0f;
+  }
+  // q: this warp's first row of a chunk; d: the tile's; begin, end: the elements of the chunk. kEdges: they may be no
+  // multiples of 4; else begin is one, and elements from `end` on are zero.
+  template <bool kEdges = false>
+  static __device__ void multiply(const unsigned char* q, const unsigned char* d, int begin, int end, Sums& s) {
 #pragma unroll 1  // two steps at once need more registers than three blocks leave
-    for (int k = 0; k < depth; k += 4) {
+    for (int k = kEdges ? begin / 4 * 4 : begin; k < end; k += 4) {
       float4 a[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) a[r] = *reinterpret_cast<const float4*>(q + row(r) * kRowBytes + k * 4);
+      for (int r = 0; r < kRows; ++r) {
+        a[r] = *reinterpret_cast<const float4*>(q + row(r) * kRowBytes + k * 4);
+        if constexpr (kEdges) inside(a[r], k, begin, end);
+      }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const float4 b = *reinterpret_cast<const float4*>(d + column(c) * kRowBytes + k * 4);
+        float4 b = *reinterpret_cast<const float4*>(d + column(c) * kRowBytes + k * 4);
+        if constexpr (kEdges) inside(b, k, begin, end);  // both sides, as 0 times infinity is NaN
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           s[r][c] += a[r].x * b.x;
@@ -120,12 +133,14 @@ struct Mma {
       }
     }
   }
-  static __device__ void multiply(const unsigned char* q, const unsigned char* d, int depth, Sums& s) {
+  // As above; multiples of 16, where elements from `end` on are not zero.
+  template <bool kEdges = false>
+  static __device__ void multiply(const unsigned char* q, const unsigned char* d, int begin, int end, Sums& s) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const unsigned char* a_row = q + lane % 16 * kRowBytes + lane / 16 * 16;
     const unsigned char* b_row = d + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16;
 #pragma unroll 1  // as above
-    for (int k = 0; k < depth; k += 16) {
+    for (int k = begin; k < end; k += 16) {
       std::uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], a_row + i * 16 * kRowBytes + k * 2);

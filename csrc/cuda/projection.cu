@@ -3,6 +3,8 @@
 // Blocking: a warp owns a row, or a block where rows are wide; its sums are made in a fixed order, in double, as the
 // squares of a float32 row of norm 1e19 overflow float. Bytes per element: forward reads z (4) and the residual and
 // writes y, backward reads grad and y and writes dz (4); the second pass over a row finds it in L1.
+#include <type_traits>
+
 #include "../common/device.cuh"
 #include "../projection.h"
 
@@ -66,18 +68,26 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t k = own.lane; k < dim; k += own.lanes) to[k] = from_float<Out>(value(k) * times);
 }
 
-template <class T>
+__device__ __forceinline__ void store_parts(float* to, std::int64_t, float x) { *to = x; }
+__device__ __forceinline__ void store_parts(__nv_bfloat16* to, std::int64_t part, float x) {
+  const __nv_bfloat16 high = from_float<__nv_bfloat16>(x);
+  *to = high;
+  const bool finite = fabsf(x) < __uint_as_float(0x7f800000u);  // an infinity leaves nothing: inf - inf is NaN
+  to[part] = from_float<__nv_bfloat16>(finite ? x - to_float(high) : 0.0f);
+}
+
+template <class T, class Z>
 __global__ void __launch_bounds__(kThreads, 4)  // four blocks: else ptxas stops at 32 registers and spills on sm_100
     projection_gradient(const T* grad /* [rows, dim] */, std::int64_t grad_stride, const T* y /* [rows, dim] */,
                         std::int64_t y_stride, const float* inverse /* [rows] or null: y is not read */,
-                        std::int64_t rows, std::int64_t dim, int lanes, float* dz /* [rows, dim] */) {
+                        std::int64_t rows, std::int64_t dim, int lanes, Z* dz /* [rows, dim] */, std::int64_t part) {
   SHARED(double, reduced, kThreads / 32);
   const Owner own(lanes);
   if (own.row >= rows) return;  // as above
   const T* g = grad + own.row * grad_stride;
-  float* const to = dz + own.row * dim;
+  Z* const to = dz + own.row * dim;
   if (inverse == nullptr) {
-    for (std::int64_t k = own.lane; k < dim; k += own.lanes) to[k] = to_float(g[k]);
+    for (std::int64_t k = own.lane; k < dim; k += own.lanes) store_parts(to + k, part, to_float(g[k]));
     return;
   }
   const T* u = y + own.row * y_stride;
@@ -86,7 +96,9 @@ __global__ void __launch_bounds__(kThreads, 4)  // four blocks: else ptxas stops
   for (std::int64_t k = own.lane; k < dim; k += own.lanes) dot += static_cast<double>(to_float(g[k])) * to_float(u[k]);
   const double sum = own.sum(dot, reduced);
   const float along = times >= kConstantNorm ? 0.0f : static_cast<float>(sum);
-  for (std::int64_t k = own.lane; k < dim; k += own.lanes) to[k] = (to_float(g[k]) - along * to_float(u[k])) * times;
+  for (std::int64_t k = own.lane; k < dim; k += own.lanes) {
+    store_parts(to + k, part, (to_float(g[k]) - along * to_float(u[k])) * times);
+  }
 }
 
 }  // namespace
@@ -109,13 +121,18 @@ void projection_forward(const float* z, const float* bias, MatrixView residual, 
 }
 
 void projection_backward(MatrixView grad, MatrixView y, const float* inverse, std::int64_t rows, std::int64_t dim,
-                         float* dz, Stream stream) {
+                         bool parts, void* dz, std::int64_t part, Stream stream) {
   if (rows == 0 || dim == 0) return;
   const int lanes = lanes_of(dim);
   visit_dtype(grad.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((projection_gradient<T>), blocks_of(rows, lanes), kThreads, 0, stream, static_cast<const T*>(grad.data),
-           grad.stride, static_cast<const T*>(y.data), y.stride, inverse, rows, dim, lanes, dz);
+    const auto launch = [&](auto* to) {
+      using Z = std::remove_pointer_t<decltype(to)>;
+      LAUNCH((projection_gradient<T, Z>), blocks_of(rows, lanes), kThreads, 0, stream, static_cast<const T*>(grad.data),
+             grad.stride, static_cast<const T*>(y.data), y.stride, inverse, rows, dim, lanes, to, part);
+    };
+    if (parts) return launch(static_cast<__nv_bfloat16*>(dz));
+    launch(static_cast<float*>(dz));
   });
 }
 

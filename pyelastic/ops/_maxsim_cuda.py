@@ -1,4 +1,4 @@
-"""Launcher of maxsim's CUDA kernels: allocate on the current stream, one call per prefix of the dimension.
+"""Launcher of maxsim's CUDA kernels: allocate on the current stream, one call for up to eight prefixes.
 
 Two 16-bit sides of one dtype are multiplied on tensor cores with float32 sums; their rows are copied first if they are
 not 16-byte aligned. Everything else is multiplied in float32, converted (or decoded, if quantised) inside the tiles.
@@ -8,7 +8,7 @@ Contract of the kernels: csrc/maxsim.h.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,8 @@ from pyelastic.ops._maxsim_layout import Inputs
 # recomputing backward pass does.
 CHUNK_BYTES = 64 << 20
 ALIGNMENT = 16  # bytes, of the rows that cp.async copies
+STEP = 16  # elements that the tensor cores multiply at once
+PLANES = 8  # prefixes that one kernel takes
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -38,6 +40,30 @@ def _padded(x: Tensor, width: int) -> Tensor:
     out = x.new_zeros(x.shape[0], (width + 7) // 8 * 8)
     out[:, :width] = x[:, :width]
     return out
+
+
+def _segmented(x: Tensor, prefixes: Sequence[int]) -> Tensor:
+    """As ``_padded``, with zeros after each prefix so that the next columns begin at a multiple of STEP."""
+    if _fits(prefixes):
+        return _padded(x, prefixes[-1])
+    ends = _ends(prefixes)
+    out = x.new_zeros(x.shape[0], ends[-1])
+    for n, end in enumerate(prefixes):
+        begin, to = (prefixes[n - 1], ends[n - 1]) if n else (0, 0)
+        out[:, to : to + end - begin] = x[:, begin:end]
+    return out
+
+
+def _fits(prefixes: Sequence[int]) -> bool:
+    return all(end % STEP == 0 for end in prefixes[:-1])
+
+
+def _ends(prefixes: Sequence[int]) -> list[int]:
+    """Where prefixes end once what lies between them is a multiple of STEP."""
+    ends = [0]
+    for begin, end in zip((0, *prefixes), prefixes, strict=False):
+        ends.append(ends[-1] + (end - begin + STEP - 1) // STEP * STEP)
+    return ends[1:]
 
 
 def _guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -67,7 +93,7 @@ class _Kernels:
         self.offsets = x.q_offsets.contiguous(), x.d_offsets.contiguous()
         self.documents_count = self.offsets[1].shape[0] - 1
         self.mma = self.queries.dtype == self.documents.dtype and self.queries.dtype in HALVES
-        self.operands: dict[int, tuple[Tensor, Tensor]] = {}  # of each prefix, for the tensor cores
+        self.operands: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of prefixes, for the tensor cores
         self.share = None
         if x.topk > 1:
             self.share = 1.0 / self._kept().clamp(1, x.topk).float()
@@ -105,17 +131,18 @@ class _Kernels:
         )  # fmt: skip
 
     def problem(
-        self, plane: int, inverse: tuple[Tensor | None, Tensor | None], first: int, count: int, operands: bool
+        self, planes: range, inverse: tuple[Tensor | None, Tensor | None], first: int, count: int, operands: bool
     ) -> tuple[Any, ...]:
-        """One plane against documents first .. first + count - 1; `operands`: as the tensor cores read them."""
-        width = self.x.prefixes[plane]
+        """Some planes against documents first .. first + count - 1; `operands`: as the tensor cores read them."""
+        prefixes = tuple(self.x.prefixes[planes[0] : planes[-1] + 1])
+        width = prefixes[-1]
         q, d = self.queries, self.documents
         if operands and self.mma:
-            if width not in self.operands:
-                self.operands[width] = _padded(q, width), _padded(d, width)
-            q, d = self.operands[width]
+            if prefixes not in self.operands:
+                self.operands[prefixes] = _segmented(q, prefixes), _segmented(d, prefixes)
+            q, d = self.operands[prefixes]
             width = q.shape[1]
-        q_inv, d_inv = (None if t is None else t[plane] for t in inverse)
+        q_inv, d_inv = (None if t is None else t[planes[0]] for t in inverse)
         d_inv = self.d_scale if d_inv is None else d_inv
         offsets = self.offsets[1][first : first + count + 1]
         floor = None if self.floor is None else self.floor[first:]
@@ -125,6 +152,10 @@ class _Kernels:
             pointer(floor), pointer(self.pair_q), pointer(self.pair_d), pairs, self.x.max_q, self.x.topk,
             self.x.temperature, pointer(q_inv), pointer(d_inv),
         )  # fmt: skip
+
+    def groups(self) -> list[range]:
+        """The planes that each pass over the documents takes."""
+        return [range(n, min(n + PLANES, self.x.planes)) for n in range(0, self.x.planes, PLANES)]
 
     def norms(self) -> tuple[Tensor | None, Tensor | None]:
         """1 / |x| [planes, tokens] of both sides, if the call normalises."""
@@ -146,14 +177,29 @@ class _Kernels:
         for first in range(0, count, max(most, 1)):
             yield first, min(most, count - first)
 
-    def forward(self, problem: Any, first: int, plane: int, maxima: Tensor, winners: Tensor | None) -> None:
-        width = self.x.prefixes[plane]
+    def forward(self, problem: Any, first: int, planes: range, maxima: Tensor, winners: Tensor | None) -> None:
+        """Maxima [planes, ...] and winners [planes or k, ...] of a problem of these planes and documents."""
+        prefixes = self.x.prefixes[planes[0] : planes[-1] + 1]
         aligned = [
-            self.mma or (t.dtype == torch.float32 and _aligned(t, width)) for t in (self.queries, self.documents)
+            self.mma or (t.dtype == torch.float32 and _aligned(t, prefixes[-1]))
+            for t in (self.queries, self.documents)
         ]
-        share = None if self.share is None else self.share[first:]
         narrow = winners is not None and winners.dtype == torch.int16
-        self.call("forward", problem, self.mma, *aligned, pointer(share), pointer(maxima), pointer(winners), narrow)
+        if len(planes) == 1:
+            share = None if self.share is None else self.share[first:]
+            self.call("forward", problem, self.mma, *aligned, pointer(share), pointer(maxima), pointer(winners), narrow)
+            return
+        ends = list(prefixes)
+        if self.mma:
+            ends = [*ends[:-1], problem[2]] if _fits(prefixes) else _ends(prefixes)
+        normalize = self.x.normalize
+        strides = (
+            self.queries.shape[0] * normalize, self.documents.shape[0] * normalize, maxima.stride(0),
+            0 if winners is None else winners.stride(0),
+        )  # fmt: skip
+        self.call(
+            "forward_prefixes", problem, self.mma, *aligned, ends, strides, pointer(maxima), pointer(winners), narrow
+        )
 
     def order(self, of_queries: bool) -> tuple[Tensor | None, Tensor | None]:
         """A list's pairs by query or by document, and where each one's begin."""
@@ -193,24 +239,25 @@ def _forward(k: _Kernels, inverse: Any, scores: Tensor, maxima: Tensor, winners:
     Top-k takes one chunk, as the winners of a chunk would not be [k, documents, tokens] of the whole.
     """
     x = k.x
-    for plane in range(x.planes):
-        parts = [(0, k.documents_count)] if maxima.numel() or x.topk > 1 else k.chunks(4)
+    for planes in k.groups():
+        some = slice(planes[0], planes[-1] + 1)
+        parts = [(0, k.documents_count)] if maxima.numel() or x.topk > 1 else k.chunks(4 * len(planes))
         room = None
         for first, count in parts:
-            problem = k.problem(plane, inverse, first, count, True)
+            problem = k.problem(planes, inverse, first, count, True)
             if maxima.numel():
-                of_chunk = maxima[plane]
+                of_chunk = maxima[some]
             else:
                 shape = x.token_shape(1)[1:] if k.listed else (count, k.queries.shape[0])
-                room = k.empty(*shape) if room is None else room
-                of_chunk = room[: shape[0]]
-            won = winners if x.topk > 1 or not winners.numel() else winners[plane]
+                room = k.empty(len(planes), *shape) if room is None else room
+                of_chunk = room[:, : shape[0]]
+            won = winners if x.topk > 1 or not winners.numel() else winners[some]
             if not k.listed and x.topk <= 1 and winners.numel():
-                won = won[first : first + count]
-            k.forward(problem, first, plane, of_chunk, won if winners.numel() else None)
-            if scores.numel():
+                won = won[:, first : first + count]
+            k.forward(problem, first, planes, of_chunk, won if winners.numel() else None)
+            for n, plane in enumerate(planes if scores.numel() else ()):
                 out = scores[plane] if k.listed else scores[plane, :, first:]
-                k.call("scores", problem, pointer(of_chunk), pointer(k.weights), pointer(out), k.documents_count)
+                k.call("scores", problem, pointer(of_chunk[n]), pointer(k.weights), pointer(out), k.documents_count)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -236,20 +283,17 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         orders = [k.order(True), k.order(False)]
         itemsize = 4 if k.smooth else winners.element_size()
         whole = saved.numel() > 0 or k.queries.shape[0] == 0
-        parts = [(0, k.documents_count)] if whole else list(k.chunks(itemsize * max(1, x.topk))) or [(0, 0)]
+        parts = [(0, k.documents_count)] if whole else list(k.chunks(itemsize * x.winner_planes)) or [(0, 0)]
         # Sums of several prefixes or chunks are added up in float32.
         sums = list(sides)
         for n, several in enumerate((x.planes > 1 or len(parts) > 1, x.planes > 1)):
             if several:
                 sums[n] = torch.zeros_like(sides[n], dtype=torch.float32)
         for first, count in parts:
+            all_won = saved if whole else _again(k, inverse, first, count, winners.dtype)
             for plane in range(x.planes):
-                won = saved
-                if whole and x.planes > 1:
-                    won = saved[plane]
-                elif not whole:
-                    won = _again(k, plane, inverse, first, count, winners.dtype)
-                problem = k.problem(plane, inverse, first, count, False)
+                won = all_won[plane] if x.planes > 1 else all_won
+                problem = k.problem(range(plane, plane + 1), inverse, first, count, False)
                 per = grad[plane] if per_token else None
                 if per is not None and not k.listed:
                     per = per[first:]
@@ -274,10 +318,13 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return sums[0].to(sides[0].dtype), sums[1].to(sides[1].dtype)
 
 
-def _again(k: _Kernels, plane: int, inverse: Any, first: int, count: int, winner_dtype: torch.dtype) -> Tensor:
-    """Winners (maxima, if smooth) of one plane and some documents, computed again."""
+def _again(k: _Kernels, inverse: Any, first: int, count: int, winner_dtype: torch.dtype) -> Tensor:
+    """Winners (maxima, if smooth) [planes or k, ...] of some documents, computed again."""
     shape = k.x.token_shape(1)[1:] if k.listed else (count, k.queries.shape[0])
-    maxima = k.empty(*shape)
-    won = None if k.smooth else k.empty(max(1, k.x.topk), *shape, dtype=winner_dtype)
-    k.forward(k.problem(plane, inverse, first, count, True), first, plane, maxima, won)
+    maxima = k.empty(k.x.planes, *shape)
+    won = None if k.smooth else k.empty(k.x.winner_planes, *shape, dtype=winner_dtype)
+    for planes in k.groups():
+        some = slice(planes[0], planes[-1] + 1)
+        problem = k.problem(planes, inverse, first, count, True)
+        k.forward(problem, first, planes, maxima[some], won if won is None or k.x.topk > 1 else won[some])
     return maxima if won is None else won

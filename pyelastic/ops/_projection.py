@@ -49,6 +49,9 @@ class Kernels:
     # Whether rows without a gradient are left out of the backward. That reads a number back, so on a GPU it would
     # synchronise.
     compacts = False
+    # Whether dz can be two bfloat16 parts, hi + lo, with 16 bits of mantissa: then the backward's products take 16-bit
+    # operands. Not for float16, whose range a gradient leaves.
+    splits = False
 
     def __init__(self, x: Tensor) -> None:
         self.dtype = statistics_dtype(x)
@@ -62,8 +65,19 @@ class Kernels:
         """z [n, d] of the compute type -> out [n, d], inverse [n] or None."""
         raise NotImplementedError
 
+    def fuses(self, x: Tensor, weight: Tensor, residual: Tensor | None, residual_weight: Tensor | None) -> bool:
+        """Whether ``linear`` takes these: then z is never written."""
+        return False
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, residual_weight: Tensor | None,
+        out: Tensor, inverse: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The whole layer of all rows in one kernel. Rows have contiguous columns, bias the compute type."""
+        raise NotImplementedError
+
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
-        """grad, y [n, d] -> dz [n, d]."""
+        """grad, y [n, d] -> dz [1, n, d], or its two parts [2, n, d]."""
         raise NotImplementedError
 
     def operand(self, weight: Tensor, other: Tensor) -> Tensor:
@@ -116,6 +130,10 @@ def forward(
     rows, d_out = x.shape[0], weight.shape[0]
     out = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     inverse = torch.empty(rows if normalize else 0, dtype=k.dtype, device=x.device)
+    if rows and k.fuses(x, weight, residual, residual_weight):
+        r, r_w = (None if t is None else rows_of(t) for t in (residual, residual_weight))
+        k.linear(rows_of(x), rows_of(weight), _cast(bias, k.dtype), r, r_w, out, inverse if normalize else None)
+        return out, inverse
     w, b, r_w = k.operand(weight, x), _cast(bias, k.dtype), None
     if residual is not None and residual_weight is not None:
         r_w = k.operand(residual_weight, residual)
@@ -160,39 +178,49 @@ def backward(
     d_w, d_b = empty(need_w, *weight.shape).zero_(), empty(need_b, d_out).zero_()
     d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
     d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
-    w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
-    dz = torch.empty(min(rows, k.most), d_out, dtype=k.dtype, device=x.device)
+    multiplied = [x, weight] if residual_weight is None else [x, weight, residual, residual_weight]
+    split = k.splits and all(t is not None and t.dtype == torch.bfloat16 for t in multiplied)
+    w, r_w = weight, residual_weight
+    if not split:
+        w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
+    parts_dtype = torch.bfloat16 if split else k.dtype
+    dz = torch.empty(1 + split, min(rows, k.most), d_out, dtype=parts_dtype, device=x.device)
     rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]
-    room = torch.empty(len(dz) * max(rounded, default=0), dtype=k.dtype, device=x.device)
+    room = torch.empty(dz.shape[1] * max(rounded, default=0), dtype=k.dtype, device=x.device)
     for part in chunks(rows, k.rows):
-        d = dz[: part.stop - part.start]
+        d = dz[:, : part.stop - part.start]
         k.backward(grad[part], y[part], inverse[part] if normalize else None, d)
         if need_x:
             _store_product(k, d_x[part], d, w, room)
         if need_w:
-            k.add_product(d_w, d.t(), x[part], fresh=False)
+            _add_products(k, d_w, d, x[part])
         if need_b:
-            d_b += d.sum(0)
+            d_b += d.sum((0, 1), dtype=k.dtype) if split else d[0].sum(0)
         if residual is not None and need_r:
-            if r_w is None:
-                d_r[part] = d
-            else:
+            if r_w is not None:
                 _store_product(k, d_r[part], d, r_w, room)
+            else:  # the first part is what rounding leaves
+                d_r[part] = d[0] if d_r.dtype == d.dtype or not split else d.sum(0, dtype=k.dtype)
         if residual is not None and need_rw:
-            k.add_product(d_rw, d.t(), residual[part], fresh=False)
+            _add_products(k, d_rw, d, residual[part])
     if kept is not None:
         d_x, d_r = (g.new_zeros(total, g.shape[1]).index_copy_(0, kept, g) if g.ndim == 2 else g for g in (d_x, d_r))
     return [d_x, d_w, d_b, d_r, d_rw]
 
 
-def _store_product(k: Kernels, out: Tensor, a: Tensor, b: Tensor, room: Tensor) -> None:
-    """out = a @ b, through ``room`` where out is not of the compute type."""
-    if out.dtype == k.dtype:
-        k.add_product(out, a, b, fresh=True)
-        return
-    product = room[: out.numel()].view(out.shape)
-    k.add_product(product, a, b, fresh=True)
-    out.copy_(product)
+def _add_products(k: Kernels, out: Tensor, dz: Tensor, x: Tensor) -> None:
+    """out += dz^T x."""
+    for d in dz:
+        k.add_product(out, d.t(), x, fresh=False)
+
+
+def _store_product(k: Kernels, out: Tensor, dz: Tensor, w: Tensor, room: Tensor) -> None:
+    """out = dz w, through ``room`` where out is not of the compute type."""
+    product = out if out.dtype == k.dtype else room[: out.numel()].view(out.shape)
+    for n, d in enumerate(dz):
+        k.add_product(product, d, w, fresh=n == 0)
+    if product is not out:
+        out.copy_(product)
 
 
 def _compact(k: Kernels, grad: Tensor, bound: int) -> Tensor | None:

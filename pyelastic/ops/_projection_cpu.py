@@ -33,4 +33,4 @@ class CpuKernels(Kernels):
         )
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
-        self._backward(_matrix(grad), _matrix(y), pointer(inverse), *dz.shape, dz.data_ptr(), self.threads)
+        self._backward(_matrix(grad), _matrix(y), pointer(inverse), *dz.shape[1:], dz.data_ptr(), self.threads)

@@ -15,7 +15,8 @@ backward; saved for backward: the inputs and, with ``normalize``, y and one floa
 rows never exists. With ``normalize`` and 16 bits, the backward takes y as it was returned, rounded. Rows without a
 gradient cost nothing on the CPU where they are the most, as document rows that won nowhere in maxsim; there a NaN in
 such a row of x reaches y but no gradient. On a GPU the forward's product has 16-bit operands where x and weight have
-one 16-bit dtype; those of the backward are float32 (TF32 if torch's settings allow it). Source: Clavie 2025 (arXiv
+one 16-bit dtype, and is in one kernel with all else where a tile holds a row of y; the backward's have dz as two
+bfloat16 parts in bfloat16, else float32 operands (TF32 if torch's settings allow it). Source: Clavie 2025 (arXiv
 2510.12327) for the heads; the kernels' contract: csrc/projection.h.
 """
 

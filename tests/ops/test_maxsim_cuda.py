@@ -72,6 +72,41 @@ def test_other_reductions_in_large_tiles(name: str) -> None:
         compare("cuda", make(nq=5, nd=2, lq=14, ld=9, dim=8, dtype=dtype).having(**options))
 
 
+PREFIXES = {  # d: dims
+    "in a chunk": (48, (16, 32, 48)), "between steps": (53, (3, 10, 33, 53)), "of chunks": (264, (64, 128, 200, 264)),
+    "read again": (320, (96, 320)), "in the last step": (41, (32, 41)),
+    "two sweeps": (40, (2, 3, 4, 5, 16, 17, 18, 32, 33, 40)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", PREFIXES)
+def test_prefixes(name: str, dtype: torch.dtype) -> None:
+    """Ends anywhere in the steps and chunks that the products take; queries that stay and that are read again."""
+    dim, dims = PREFIXES[name]
+    case = masks(make(nq=2, nd=3, lq=5, ld=TILE_N + 3, dim=dim, dtype=dtype))
+    compare("cuda", case.having(dims=dims, normalize=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("save", ("winners", "recompute"))
+def test_prefixes_in_large_tiles(save: str, dtype: torch.dtype) -> None:
+    compare("cuda", masks(make(nq=5, nd=2, lq=14, ld=9, dim=24, dtype=dtype)).having(dims=(5, 16, 24), save=save))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_what_follows_a_prefix_is_not_in_it(dtype: torch.dtype) -> None:
+    """Infinities and NaN in the next columns, which share a step of the products with it."""
+    case = make(nq=2, nd=2, lq=3, ld=5, dim=20, dtype=dtype)
+    q, d = case.queries.detach().clone(), case.documents.detach().clone()
+    q[..., 7], d[..., 6], q[0, 0, 13] = float("inf"), float("nan"), -float("inf")
+    device = backends.device_of("cuda")
+    got = pyelastic.maxsim(q.to(device), d.to(device), dims=(6, 20), backend="cuda").cpu()
+    want = pyelastic.maxsim(q[..., :6].to(device), d[..., :6].to(device), backend="cuda").cpu()
+    torch.testing.assert_close(got[0], want, rtol=1e-5, atol=1e-5)
+    assert got[1].isnan().all()
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One document a chunk."""
