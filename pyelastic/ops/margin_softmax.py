@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,30 +34,14 @@ from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, Sweep, statis
 from pyelastic.margins import ArcFace, Margin, deal
 from pyelastic.ops import _margin_softmax_cpu as cpu
 from pyelastic.ops import _margin_softmax_cuda as cuda
+from pyelastic.ops import _margin_softmax_rows as rows
 from pyelastic.ops import _margin_softmax_triton as triton
 from pyelastic.ops import _triton
+from pyelastic.ops._margin_softmax_rows import MarginSoftmaxAux
 
 OP = "margin_softmax"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
-
-
-class MarginSoftmaxAux(NamedTuple):
-    """Per-sample by-products of one call, each ``[B]``; None where not asked for, 0 (rank: -1) for ignored rows.
-
-    ``loss``, ``lse`` (log-sum-exp with the margin) and ``cos_target`` carry gradients. ``margin``: the margin used.
-    ``rank``: how many classes have a larger cosine than the target, int64 (0: top-1 is right). ``max_negative_cos``:
-    -inf if there is no other class. ``el2n``: ``||p - onehot||_2`` (Paul et al. 2021). ``entropy`` of p, in nats.
-    """
-
-    loss: Tensor | None = None
-    lse: Tensor | None = None
-    cos_target: Tensor | None = None
-    margin: Tensor | None = None
-    rank: Tensor | None = None
-    max_negative_cos: Tensor | None = None
-    el2n: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +121,8 @@ def margin_softmax(
     with torch.autocast(embeddings.device.type, enabled=False):
         dtype = statistics_dtype(embeddings)
         valid = labels != ignore_index
-        targets = _targets(labels, valid, weight.shape[0] // subcenters, classes)
-        values = _margins(margin, margins, labels, dtype, training, seed, row_offset)
+        targets = rows.targets_of(labels, valid, weight.shape[0] // subcenters, classes)
+        values = rows.margins_of(margin, margins, labels, dtype, training, seed, row_offset)
         # Whatever an ignored row holds: a NaN would come back from the backward as 0 * NaN.
         values = torch.where(valid, values, 0.0)
         norms = None
@@ -158,33 +142,14 @@ def margin_softmax(
         assert chosen.run is not None  # resolve returns only backends that can run
         swept: Sweep = chosen.run(*inputs, sparse_grad)
 
+        count = weight.shape[0] // subcenters if classes is None else classes.shape[0]
         if margin.order is not None and margins is None and training:
             values = deal(values, torch.cos(swept.theta.detach()), valid, margin.order)
-        z = scale * margin.target(swept.theta, values, norms, valid)
-        # logaddexp(x, 0) is softplus without F.softplus's linear branch; its gradient is sigmoid(x) exactly.
-        nll = torch.logaddexp(swept.lse_neg - z, torch.zeros_like(z))
-        lse = torch.logaddexp(swept.lse_neg, z)
-        loss = nll
-        if label_smoothing:
-            count = weight.shape[0] // subcenters if classes is None else classes.shape[0]
-            mean_logit = (scale * swept.sum_cos + z) / count
-            loss = (1.0 - label_smoothing) * nll + label_smoothing * (lse - mean_logit)
-        if z_loss:
-            loss = loss + z_loss * lse.square()
-        if norms is not None:
-            penalty = margin.penalty(norms)
-            loss = loss if penalty is None else loss + penalty
-        per_sample = torch.where(valid, loss, 0.0)
-        if sample_weight is not None:
-            per_sample = torch.where(valid, per_sample * sample_weight.to(dtype), 0.0)
-        result = per_sample
-        if reduction != "none":
-            result = per_sample.sum()
-            if reduction == "mean":
-                result = result / valid.sum().clamp(min=1)
-        if not return_aux:
-            return result
-        return result, _aux(wanted, swept, per_sample, z, lse, margin.effective(values, norms), valid)
+        result, aux = rows.loss_of(
+            swept, margin, values, norms, valid, scale=scale, label_smoothing=label_smoothing, z_loss=z_loss,
+            sample_weight=sample_weight, reduction=reduction, count=count, wanted=wanted,
+        )  # fmt: skip
+        return (result, aux) if return_aux else result
 
 
 def sample_classes(
@@ -289,65 +254,6 @@ def _check_labels(labels: Tensor, count: int, ignore_index: int, classes: Tensor
     if bool(missing.any()):
         row = int(missing.nonzero()[0])
         raise ValueError(f"{OP}: labels[{row}] is {int(labels[row])}, which is not in classes")
-
-
-# --- the [B]-sized part ---------------------------------------------------------------------------------------
-
-
-def _targets(labels: Tensor, valid: Tensor, count: int, classes: Tensor | None) -> Tensor:
-    """Positions of the labels among the classes present [B]: -1 for an ignored row, their number for a wrong label.
-
-    Where labels were not checked (on a GPU, or traced), a wrong one must not pass for an ignored row or for a neighbour
-    in ``classes``: beyond the end, the kernels make its loss NaN.
-    """
-    targets = labels.to(torch.int64)
-    if classes is None:
-        return torch.where(valid, torch.where(targets < 0, count, targets), -1)
-    position = torch.searchsorted(classes, targets)
-    found = classes[position.clamp(max=classes.shape[0] - 1)] == targets
-    return torch.where(valid, torch.where(found, position, classes.shape[0]), -1)
-
-
-def _margins(
-    margin: Margin,
-    given: Tensor | None,
-    labels: Tensor,
-    dtype: torch.dtype,
-    training: bool,
-    seed: int | Tensor | None,
-    row_offset: int,
-) -> Tensor:
-    """The margin of each row [B]: given, drawn from N(mean, spread^2), or the mean."""
-    if given is not None:
-        return given.to(dtype)
-    mean = torch.full(labels.shape, margin.mean, dtype=dtype, device=labels.device)
-    if not (training and margin.spread):
-        return mean
-    seed = _random.fresh_seed() if seed is None else seed
-    rows = torch.arange(labels.shape[0], device=labels.device) + row_offset
-    return mean + (margin.spread * _random.normal(seed, rows)).to(dtype)
-
-
-def _aux(
-    wanted: frozenset[str], swept: Sweep, loss: Tensor, z: Tensor, lse: Tensor, margins: Tensor, valid: Tensor
-) -> MarginSoftmaxAux:
-    fields: dict[str, Tensor] = {}
-    fields["loss"] = loss
-    fields["lse"] = torch.where(valid, lse, 0.0)
-    fields["cos_target"] = torch.where(valid, torch.cos(swept.theta), 0.0)
-    with torch.no_grad():
-        fields["margin"] = torch.where(valid, margins.detach(), 0.0)
-        fields["rank"], fields["max_negative_cos"] = swept.rank, swept.max_cos
-        if {"el2n", "entropy"} & wanted:
-            x = swept.lse_neg - z  # the log-odds of "not the target"
-            q, p = torch.sigmoid(x), torch.sigmoid(-x)
-            fields["el2n"] = torch.where(valid, q * torch.sqrt(1.0 + swept.sum_sq), 0.0)
-            # H(p) = H(target or not) + q H(which negative): no difference of large numbers.
-            zero = torch.zeros_like(x)
-            split = p * torch.logaddexp(x, zero) + q * torch.logaddexp(-x, zero)
-            entropy = split + q * (swept.lse_neg - swept.mean_logit)
-            fields["entropy"] = torch.where(valid & ~torch.isneginf(x), entropy, 0.0)
-    return MarginSoftmaxAux(**{name: value for name, value in fields.items() if name in wanted})
 
 
 # --- raw ops and autograd -------------------------------------------------------------------------------------
