@@ -1,9 +1,11 @@
 """The examples run on what ships with packages, and their metric improves."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+from launched import launch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,6 +33,14 @@ def test_train_faces_improves_verification(capsys):
     # On strangers the margin must not be worse than plain softmax (measured over 3 seeds: 0.03 better).
     strangers = {name: sum(run[-1][0] for run in runs) / len(runs) for name, runs in results.items()}
     assert strangers["ElasticArcFace"] > strangers["softmax"]
+
+
+@pytest.mark.slow
+def test_train_faces_sharded_under_torchrun():
+    done = launch("examples/train_faces_sharded.py", 2, "--epochs", "4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = re.search(r"images: (\d\.\d+) untrained, (\d\.\d+) trained", done.stdout).groups()
+    assert float(last) > max(0.95, float(first) + 0.1)
 
 
 @pytest.mark.slow

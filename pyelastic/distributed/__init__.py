@@ -1,1 +1,6 @@
 """Sharded forms of the ops on torch.distributed: process groups, DTensor and FSDP2; nothing home-made."""
+
+from pyelastic.distributed.heads import ClassShardedMarginSoftmax
+from pyelastic.distributed.margin_softmax import class_sharded_margin_softmax
+
+__all__ = ["ClassShardedMarginSoftmax", "class_sharded_margin_softmax"]

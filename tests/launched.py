@@ -1,4 +1,4 @@
-"""Start a worker script under torchrun, and see it end.
+"""Start a script under torchrun, and see it end: one launch at a time, as two may choose one port.
 
 Starting processes costs seconds, so a worker script checks all there is to check of an op in one launch. Workers end
 with ``end(...)``; what a rank asserts fails the launch, whose output the test then shows.
@@ -6,9 +6,11 @@ with ``end(...)``; what a rank asserts fails the launch, whose output the test t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,23 +18,27 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
+LOCK = Path(tempfile.gettempdir()) / "pyelastic-torchrun.lock"
 TIMEOUT = 30  # seconds that a collective waits for the other ranks
 
 
 def launch(worker: str, world: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run tests/distributed/<worker> on ``world`` processes of this machine; the caller looks at the return code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    """Run a script of the repository on ``world`` processes of this machine; the caller looks at the return code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    return subprocess.run(
-        [*command, str(HERE / worker), *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
-        cwd=HERE.parent.parent,
-    )  # fmt: skip
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return subprocess.run(
+            [*command, str(HERE.parent / worker), *arguments], env=environment, capture_output=True, text=True,
+            timeout=timeout, cwd=HERE.parent,
+        )  # fmt: skip
 
 
 def passes(worker: str, world: int, *arguments: str) -> str:
     """Standard output of a launch in which no rank failed."""
-    done = launch(worker, world, *arguments)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    done = launch(f"tests/distributed/{worker}", world, *arguments)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:8000]}\n...\n{done.stderr[-4000:]}"
     assert done.stdout.count("rank is done") == world, done.stdout[-4000:]
     return done.stdout
 
