@@ -130,7 +130,7 @@ def take_plane(best, at, acc, p_d_inv, row, m_t, counts, t, o_t, o_p, plane, s_d
     """The maxima so far [BLOCK_Q, PLANES] and their tokens, with a tile of one plane's products."""
     s = acc
     if D_INV:
-        s = acc * tl.load(p_d_inv + plane * s_d_inv + row, mask=m_t, other=0.0)[None, :]
+        s = acc * tl.load(p_d_inv + tl.cast(plane, tl.int64) * s_d_inv + row, mask=m_t, other=0.0)[None, :]
     s = tl.where(counts[None, :], s, NONE)
     # As lanes of one tile: nothing is above -inf, so such a token has no place here.
     value, token = first_of(s, tl.where(s == NONE, -1, t), o_t)
@@ -195,7 +195,7 @@ def forward_prefixes(
         else:
             start = tl.zeros([], tl.int32)
             for plane in range(planes):
-                end = ((tl.where(plane < 4, ends_0, ends_4) >> tl.cast(plane % 4 * 16, tl.int64)) & 0xFFFF).to(tl.int32)
+                end = ((tl.where(plane < 4, ends_0, ends_4) >> tl.cast(plane % 4, tl.int64) * 16) & 0xFFFF).to(tl.int32)
                 if ALIGNED:  # so that masked loads stay wide
                     end = tl.multiple_of(end, 16)
                     start = tl.multiple_of(start, 16)
