@@ -2,5 +2,6 @@
 
 from pyelastic.distributed.heads import ClassShardedMarginSoftmax
 from pyelastic.distributed.margin_softmax import class_sharded_margin_softmax
+from pyelastic.distributed.maxsim import in_batch_maxsim_info_nce
 
-__all__ = ["ClassShardedMarginSoftmax", "class_sharded_margin_softmax"]
+__all__ = ["ClassShardedMarginSoftmax", "class_sharded_margin_softmax", "in_batch_maxsim_info_nce"]
