@@ -103,6 +103,17 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.count = len(others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, *(None for _ in range(ctx.count))
+
+
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -153,4 +164,14 @@ def sum_of(x: Tensor, group: Group) -> Tensor:
 def log_sum_exp(x: Tensor, group: Group) -> Tensor:
     """Partial -> log of the sum of their exponentials, replicated; -inf is nothing."""
     out: Tensor = _LogSumExp.apply(x, group)
+    return out
+
+
+def attach(x: Tensor, *others: Tensor) -> Tensor:
+    """x, whose backward reaches ``others`` too, with nothing for them.
+
+    A rank with no rows of its own still has to answer the collectives of backward: what it does not read must be in
+    its graph.
+    """
+    out: Tensor = _Attach.apply(x, *others)
     return out
