@@ -331,6 +331,15 @@ const pyelastic::NlaBackward<T>& nla_backward() {
   }
 }
 
+template <class T>
+const pyelastic::NlaShort<T>& nla_short() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return PYELASTIC_CHOOSE(nla_short_float);
+  } else {
+    return PYELASTIC_CHOOSE(nla_short_double);
+  }
+}
+
 // (part, first_q, first_k)
 using Parts = std::tuple<Int, Pointer, Pointer>;
 pyelastic::NlaParts parts_of(const Parts& parts) {
@@ -371,6 +380,16 @@ void bind_norm_linear_attention(py::module_& m, const char* suffix) {
           nla_backward<T>().keys(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const void>(grad),
                                  as<const T>(d), as<const T>(dd), as<T>(ds), as<T>(dz), as<void>(dk), as<void>(dv),
                                  as<double>(dparams), threads);
+        }, nogil);
+  m.def(name("short_forward").c_str(), [](const Arguments& x, Pointer o, int threads) {
+    nla_short<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), as<void>(o), threads);
+  }, nogil);
+  m.def(name("short_backward").c_str(),
+        [](const Arguments& x, Pointer grad, Pointer dq, Pointer dk, Pointer dv, Pointer dgate, Pointer dparams,
+           Pointer dpowers, int threads) {
+          nla_short<T>().backward(pyelastic::norm_linear_attention_problem<T>(x), as<const void>(grad), as<void>(dq),
+                                  as<void>(dk), as<void>(dv), as<void>(dgate), as<double>(dparams), as<double>(dpowers),
+                                  threads);
         }, nogil);
 }
 

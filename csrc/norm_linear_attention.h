@@ -9,7 +9,7 @@
 //   S = s0 + sum_j R phi_k(k_j) v_j^T,  z = z0 + sum_j phi_k(k_j)   (rope_both: of R phi_k, and phi_q below too)
 //   D_i = phi_q(q_i) . z + eps e,  o_i = S^T R phi_q(q_i) / D_i,  e = tokens in z if `mean`, else 1
 //   mala: x = phi_q . z / (sqrt(d) e), o_i = (1 + 1 / (x + eps)) S^T R phi_q / (sqrt(d) e) - x V / e, V = sum of values,
-//   which is the last row of S
+//   which is the last row of S; bidirectional and without a gate
 //   o_i *= silu(gate_i)
 // where sums run over the sequence, or, causal, over j <= i. A feature of 0^p is 0, and so is its gradient; a zero query
 // has o = 0. A NaN in a row of q reaches that row of o, one in k or v all rows that attend to it. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
@@ -77,7 +77,7 @@ struct NlaKernels {
 template <class T>
 struct NlaBackward {
   // From grad, as o: dq and dgate (or null) contiguous, of x.dtype; d and dd [batch, queries, q_heads], the denominator and
-  // its gradient; ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
+  // its gradient (mala: of phi_q . z); ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
   void (*queries)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad,
                   void* dq, void* dgate, T* d, T* dd, T* ds, T* dz, double* dparams, int threads);
   // dk, dv contiguous, of x.dtype. ds, dz: bidirectional, the whole's; causal, gradients of the state after each slot, which
@@ -86,12 +86,23 @@ struct NlaBackward {
                T* dz, void* dk, void* dv, double* dparams, int threads);
 };
 
+// Quadratic order: queries and keys of at most kNlaTile tokens, no states, not packed, not mala. dparams [sequences, q_heads,
+// 3], pola: [sequences, q_heads, dim] and dpowers [sequences, kv_heads, dim].
+template <class T>
+struct NlaShort {
+  void (*forward)(const NormLinearAttention<T>& x, void* o, int threads);
+  void (*backward)(const NormLinearAttention<T>& x, const void* grad, void* dq, void* dk, void* dv, void* dgate,
+                   double* dparams, double* dpowers, int threads);
+};
+
 #define PYELASTIC_DECLARE(ISA)                            \
   namespace ISA {                                         \
   extern const NlaKernels<float> nla_float;               \
   extern const NlaKernels<double> nla_double;             \
   extern const NlaBackward<float> nla_backward_float;     \
   extern const NlaBackward<double> nla_backward_double;   \
+  extern const NlaShort<float> nla_short_float;           \
+  extern const NlaShort<double> nla_short_double;         \
   }
 PYELASTIC_DECLARE(baseline)
 PYELASTIC_DECLARE(avx2)

@@ -12,7 +12,7 @@ MODULE = "pyelastic.triton_kernels.norm_linear_attention"
 
 def _signature(dtype: str) -> dict[str, str]:
     pointers = {f"p_{n}": f"*{dtype}" for n in ("q", "k", "v", "gate", "o", "grad", "dq", "dk", "dv", "dgate")}
-    floats = ("params", "sin", "cos", "s", "z", "x", "initial", "final", "d", "dd", "ds", "dz", "dparams")
+    floats = ("params", "sin", "cos", "s", "z", "x", "initial", "final", "d", "dd", "ds", "dz", "dparams", "last")
     pointers |= {f"p_{n}": "*fp32" for n in floats}
     pointers |= {f"p_{n}": "*i64" for n in ("start", "count", "offsets", "sequence", "part")}
     sizes = ("N", "keys", "tiles", "parts", "heads", "group", "width")
@@ -63,6 +63,12 @@ def requests() -> dict[str, dict[str, Any]]:
                         add(f"forward cosine {name}", forward, "forward", dtype, constants | cosine)
                         add(f"grad_queries cosine {name}", backward, "grad_queries", dtype, later | cosine)
                         add(f"grad_keys cosine {name}", backward, "grad_keys", dtype, later | cosine)
+                        mala = {"MAP": 4, "HAS_GATE": False}
+                        add(f"forward mala {name}", forward, "forward", dtype, constants | mala)
+                        add(f"grad_queries mala {name}", backward, "grad_queries", dtype, later | mala)
+                        add(f"grad_keys mala {name}", backward, "grad_keys", dtype, later | mala)
+                        add(f"state mala {name}", forward, "state", dtype, constants | mala)
+                        add(f"grad_state mala {name}", backward, "grad_state", dtype, later | mala)
     scan = {"PART": 128, "EXCLUSIVE": True, "REVERSE": True, "HAS_INITIAL": True, "PACKED": True}
     add("scan", forward, "scan", "fp32", scan | {"BLOCK": forward.SCAN_BLOCK})
     return found

@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .norm_linear_attention_mala import elu_features, first_pair, readout
+
 # (operand bits, width of the head up to) -> (tokens of a tile, columns of the values at a time), of the forward pass
 # and of the backward pass; 8 warps. Chosen by compiling for sm_80, sm_90 and sm_100 (tests/test_kernel_budget.py, which
 # names what spills); not yet measured on a GPU.
@@ -37,6 +39,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 COSINE = tl.constexpr(1)
 POLA = tl.constexpr(2)
 OPPOSITE = tl.constexpr(3)
+MALA = tl.constexpr(4)
 
 
 @triton.jit
@@ -98,8 +101,10 @@ def load_pairs(p_x, o_token, m_token, s_token, o_pair, D: tl.constexpr):
 
 @triton.jit
 def load_params(p_params, head, heads, o_pair, D: tl.constexpr, MAP: tl.constexpr):
-    """lam, tau, beta; or the powers of the even and the odd channels, and 0."""
-    if MAP >= POLA:
+    """lam, tau, beta; or the powers of the even and the odd channels, and 0; or zeros."""
+    if MAP == MALA:
+        a, b, c = 0.0, 0.0, 0.0
+    elif MAP >= POLA:
         at = p_params + head * D + 2 * o_pair
         a = tl.load(at, mask=2 * o_pair < D, other=1.0)[None, :]
         b = tl.load(at + 1, mask=2 * o_pair + 1 < D, other=1.0)[None, :]
@@ -114,7 +119,9 @@ def load_params(p_params, head, heads, o_pair, D: tl.constexpr, MAP: tl.constexp
 @triton.jit
 def query_features(even, odd, a, b, c, alpha, norm_eps, MAP: tl.constexpr):
     """phi_q as four tiles: even and odd channels of the upper half, then of the lower."""
-    if MAP >= POLA:
+    if MAP == MALA:
+        ue, uo, le, lo = elu_features(even, odd)
+    elif MAP >= POLA:
         ue, le = by_sign(even, power(tl.abs(even), a))
         uo, lo = by_sign(odd, power(tl.abs(odd), b))
         if MAP == OPPOSITE:
@@ -138,8 +145,10 @@ def query_features(even, odd, a, b, c, alpha, norm_eps, MAP: tl.constexpr):
 
 @triton.jit
 def key_features(even, odd, a, b, key_power, alpha, norm_eps, MAP: tl.constexpr, CUBE: tl.constexpr):
-    """phi_k, likewise."""
-    if MAP >= POLA:
+    """phi_k, likewise; MALA's without its 1."""
+    if MAP == MALA:
+        ue, uo, le, lo = elu_features(even, odd)
+    elif MAP >= POLA:
         ue, le = by_sign(even, power(tl.abs(even), a))
         uo, lo = by_sign(odd, power(tl.abs(odd), b))
     else:
@@ -289,6 +298,9 @@ def state(
             g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
         if ROPE == 2:
             ue, uo, le, lo = g_ue, g_uo, g_le, g_lo
+        if MAP == MALA:  # rows without a token are not 0
+            ue, uo = tl.where(m_token[:, None], ue, 0.0), tl.where(m_token[:, None], uo, 0.0)
+            g_le = first_pair(m_token.to(tl.float32), o_pair)
         s_ue = dot(tl.trans(g_ue), v, s_ue, PRECISION)
         s_uo = dot(tl.trans(g_uo), v, s_uo, PRECISION)
         s_le = dot(tl.trans(g_le), v, s_le, PRECISION)
@@ -405,6 +417,10 @@ def forward(
         z_ue, z_uo, z_le, z_lo = load_sums(p_z + at * (2 * D), o_pair, D)
         y_ue, y_uo, y_le, y_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
         d = tl.sum(ue * z_ue[None, :] + uo * z_uo[None, :] + le * z_le[None, :] + lo * z_lo[None, :], axis=1)
+        if MAP == MALA:
+            count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
+            factor, last, _, _ = readout(d, count, eps, D)
+            g_ue, g_uo, g_le = g_ue * factor[:, None], g_uo * factor[:, None], first_pair(last, o_pair)
         o = tl.zeros([BT, BV], tl.float32)
         o = dot(g_ue, y_ue, o, PRECISION)
         o = dot(g_uo, y_uo, o, PRECISION)
@@ -432,8 +448,9 @@ def forward(
                 if ROPE != 1:
                     d += tl.sum(w, axis=1)
                 o = dot(w, v, o, PRECISION)
-        d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
-        o = o / d[:, None]
+        if MAP != MALA:
+            d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
+            o = o / d[:, None]
         m_o = m_token[:, None] & (o_v < DV)[None, :]
         if HAS_GATE:
             gate = load_values(p_gate + batch * s_gb + head * s_gh, begin + token, m_token, s_gn, o_v, DV)

@@ -15,6 +15,7 @@ import triton.language as tl
 from .norm_linear_attention import (
     COSINE,
     LN2,
+    MALA,
     OPPOSITE,
     POLA,
     QUARTER,
@@ -42,6 +43,7 @@ from .norm_linear_attention import (
     turn,
     weights_of,
 )
+from .norm_linear_attention_mala import elu_gradient, first_pair, readout
 
 
 @triton.jit
@@ -65,7 +67,10 @@ def query_gradient(
     even, odd, a, b, c, d_ue, d_uo, d_le, d_lo, alpha, norm_eps, MAP: tl.constexpr
 ):  # fmt: skip
     """(dq even, dq odd, and sums over the row for lam, tau and beta; pola: the powers' gradients of each channel)."""
-    if MAP >= POLA:
+    if MAP == MALA:
+        dq_even, dq_odd = elu_gradient(even, odd, d_ue, d_uo)
+        first, second, third = 0.0, 0.0, 0.0
+    elif MAP >= POLA:
         if MAP == OPPOSITE:
             d_ue, d_le, d_uo, d_lo = d_le, d_ue, d_lo, d_uo
         e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
@@ -113,7 +118,9 @@ def key_gradient(
     """(dk even, dk odd, the powers' gradients of each channel: pola)."""
     first, second = 0.0, 0.0
     x_even, x_odd = tl.abs(even), tl.abs(odd)
-    if MAP >= POLA:
+    if MAP == MALA:
+        dk_even, dk_odd = elu_gradient(even, odd, d_ue, d_uo)
+    elif MAP >= POLA:
         e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
         w_even, w_odd = e_even * power(x_even, a), e_odd * power(x_odd, b)
         dk_even = a * w_even / tl.where(even == 0, 1.0, even)
@@ -162,7 +169,7 @@ def grad_queries(
     p_q, p_k, p_v, p_gate, p_grad,  # as in forward; grad contiguous [B, N, Hq, DV]
     p_dq, p_dgate,  # contiguous, as q and gate
     p_d, p_dd,  # [B N, Hq]: the denominator, and its gradient
-    p_dparams,  # [tiles of all, Hq, 3], or for pola [tiles of all, Hq, D]
+    p_dparams,  # [tiles of all, Hq, 3], for pola [tiles of all, Hq, D], for MALA [B N, Hq]: the readout's last feature
     p_params, p_sin, p_cos, p_start, p_count, p_offsets, p_sequence, p_part, p_s, p_z,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
     N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
@@ -209,8 +216,13 @@ def grad_queries(
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
             w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
             d += tl.sum(tl.where(key[None, :] <= token[:, None], w, 0.0), axis=1)
-        d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
-        d = tl.where(m_token, d, 1.0)
+        if MAP == MALA:
+            count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
+            factor, last, slope, scale = readout(d, count, eps, D)
+            d = tl.full([BT], 1.0, tl.float32)
+        else:
+            d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
+            d = tl.where(m_token, d, 1.0)
         # the gradient of the rotated features
         h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
@@ -251,6 +263,12 @@ def grad_queries(
                 m_o = m_token[:, None] & (o_v < DV)[None, :]
                 tl.store(p_dgate + row[:, None] * DV + o_v[None, :], dgate.to(p_dgate.dtype.element_ty), mask=m_o)
         dd = -tl.sum(g_ue * h_ue + g_uo * h_uo + g_le * h_le + g_lo * h_lo, axis=1) / d
+        if MAP == MALA:  # of phi_q . z; y = g / d is to be the gradient before the factor
+            of_last = tl.sum(tl.where((o_pair == 0)[None, :], h_le, 0.0), axis=1)
+            dd = -(dd * slope + of_last / count) * scale
+            d = 1.0 / factor
+            h_ue, h_uo = h_ue * factor[:, None], h_uo * factor[:, None]
+            tl.store(p_dparams + row, last, mask=m_token)
         tl.store(p_d + row, d, mask=m_token)
         tl.store(p_dd + row, dd, mask=m_token)
         # What the denominator sends to phi_q: dD times phi_k summed up to each row, after the rotation is undone, if z
@@ -276,11 +294,11 @@ def grad_queries(
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
         dq_even, dq_odd, x, y_, z = query_gradient(even, odd, a, b, c, h_ue, h_uo, h_le, h_lo, alpha, norm_eps, MAP)
         store_pairs(p_dq, row, m_token, dq_even, dq_odd, o_pair, D)
-        if MAP >= POLA:
+        if MAP >= POLA and MAP != MALA:
             p_dparams += (slot.to(tl.int64) * heads + head) * D
             tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)
             tl.store(p_dparams + 2 * o_pair + 1, tl.sum(y_, axis=0), mask=2 * o_pair + 1 < D)
-        else:
+        elif MAP != MALA:
             p_dparams += (slot.to(tl.int64) * heads + head) * 3
             tl.store(p_dparams, tl.sum(tl.where(m_token, x, 0.0)))
             tl.store(p_dparams + 1, tl.sum(tl.where(m_token, y_, 0.0)))
@@ -289,7 +307,7 @@ def grad_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_state(
-    p_q, p_gate, p_grad, p_d, p_dd,
+    p_q, p_gate, p_grad, p_d, p_dd, p_last,  # p_last: MALA's, as grad_queries left it
     p_s, p_z,  # [parts of all, Hq, 2 D, DV], [parts of all, Hq, 2 D]
     p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
     s_qb, s_qn, s_qh, s_gb, s_gn, s_gh, N, parts, heads, alpha, norm_eps,
@@ -325,6 +343,8 @@ def grad_state(
             ue, uo, le, lo = g_ue, g_uo, g_le, g_lo
         d = tl.load(p_d + row, mask=m_token, other=1.0)
         dd = tl.load(p_dd + row, mask=m_token, other=0.0)[:, None]
+        if MAP == MALA:
+            g_le = first_pair(tl.load(p_last + row, mask=m_token, other=0.0) * d, o_pair)
         y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
         s_ue = dot(tl.trans(g_ue), y, s_ue, PRECISION)
         s_uo = dot(tl.trans(g_uo), y, s_uo, PRECISION)
@@ -368,6 +388,8 @@ def grad_keys(
     if ROPE > 0:
         sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
         g_ue, g_uo, g_le, g_lo = turn(g_ue, g_uo, g_le, g_lo, sin, cos)
+    if MAP == MALA:
+        g_le = first_pair(m_token.to(tl.float32), o_pair)
     at = sequence
     if CAUSAL:
         at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
@@ -451,7 +473,7 @@ def grad_keys(
             even, odd, a, b, h_ue, h_uo, h_le, h_lo, key_power, alpha, norm_eps, MAP, CUBE
         )
         store_pairs(p_dk, row, m_token, dk_even, dk_odd, o_pair, D)
-        if MAP >= POLA:
+        if MAP >= POLA and MAP != MALA:
             p_dparams += (slot.to(tl.int64) * kv_heads + kv) * D
             tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)
             tl.store(p_dparams + 2 * o_pair + 1, tl.sum(y_, axis=0), mask=2 * o_pair + 1 < D)

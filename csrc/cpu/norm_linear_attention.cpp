@@ -5,7 +5,7 @@
 // `forward` reads the sum. Causal: a unit walks over its part with the state carried, and the weights of a tile with
 // itself (64 x 64) are all that is quadratic; with several parts, `states` and `scan` say where each begins.
 
-#include "norm_linear_attention_tile.h"
+#include "norm_linear_attention_rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 void states(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, int threads) {
-  const std::int64_t slots = parts.first_k[x.sequences], rows = 2 * x.dim, vp = padded<T>(x.v_dim);
+  const std::int64_t slots = parts.first_k[x.sequences], rows = rows_of(x), features = features_of(x), vp = padded<T>(x.v_dim);
   parallel_for(slots * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(Tile<T>::bytes(x.dim) + Room::bytes<T>(kNlaTile * vp) + Room::bytes<T>(rows * vp) +
               Room::bytes<T>(Tile<T>::row(x.dim)));
@@ -40,7 +40,7 @@ void states(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, 
         for (std::int64_t t = 0; t < n; ++t) add_scaled(z_sum, plain + t * tile.ld, T(1), tile.ld);
       }
       store_state(sum, vp, rows, x.v_dim, s + unit * rows * x.v_dim);
-      std::memcpy(z + unit * rows, z_sum, sizeof(T) * rows);
+      std::memcpy(z + unit * features, z_sum, sizeof(T) * features);
     }
   });
 }
@@ -70,29 +70,6 @@ void scan(const std::int64_t* first, std::int64_t sequences, std::int64_t heads,
   });
 }
 
-// One head's rows of a tile: o and its denominators are made, gated and stored.
-template <class T>
-void finish_rows(const NormLinearAttention<T>& x, const Span& span, std::int64_t first, std::int64_t n, std::int64_t head,
-                 const T* denominators, T* o, std::int64_t vp, T* gate, void* to) {
-  for (std::int64_t t = 0; t < n; ++t) {
-    const T factor = T(1) / denominators[t];
-    T* const row = o + t * vp;
-    for (std::int64_t c = 0; c < vp; c += kLanes<T>) store_vec(row + c, load_vec(row + c) * factor);
-    if (x.gate.data != nullptr) {
-      const std::int64_t at = span.batch * x.gate.batch + (span.begin + first + t) * x.gate.token + head * x.gate.head;
-      const T* const from = read_row(x.gate.data, x.dtype, at, x.v_dim, gate);
-      if (from != gate) std::memcpy(gate, from, sizeof(T) * x.v_dim);
-      for (std::int64_t c = 0; c < vp; c += kLanes<T>) {
-        const Vec<T> v = load_vec(gate + c);
-        const Vec<T> e = exp2_any<T>(v * T(-kLog2e));
-        store_vec(row + c, load_vec(row + c) * v / (T(1) + e));
-      }
-    }
-    const std::int64_t at = ((span.batch * x.queries + span.begin + first + t) * x.q_heads + head) * x.v_dim;
-    write_row(row, x.v_dim, to, x.dtype, at);
-  }
-}
-
 template <class T>
 std::int64_t forward_bytes(const NormLinearAttention<T>& x) {
   const std::int64_t vp = padded<T>(x.v_dim), ld = Tile<T>::row(x.dim);
@@ -102,7 +79,7 @@ std::int64_t forward_bytes(const NormLinearAttention<T>& x) {
 
 template <class T>
 void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, void* o, int threads) {
-  const std::int64_t rows = 2 * x.dim, vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
+  const std::int64_t rows = rows_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const std::int64_t tiles = (x.queries + kNlaTile - 1) / kNlaTile;
   // A unit is a tile of one head; those of a head follow each other, so that its state is loaded once.
   parallel_for(x.sequences * x.q_heads * tiles, 4, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -125,14 +102,20 @@ void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, void*
       const std::int64_t from = sequence * x.kv_heads + head / group;
       if (from != loaded) {
         load_state(s + from * rows * x.v_dim, rows, x.v_dim, state, vp);
-        std::memcpy(sums, z + from * rows, sizeof(T) * rows);
+        std::memcpy(sums, z + from * features_of(x), sizeof(T) * features_of(x));
         loaded = from;
       }
       tile.make(x, x.q, span, sequence, first, n, head, true);
       const T* const plain = x.rope_both ? tile.g : tile.f;
       const std::int64_t keys = x.offsets == nullptr ? x.keys : span.length;
       for (std::int64_t t = 0; t < n; ++t) {
-        d[t] = inner(plain + t * tile.ld, sums, tile.ld) + effective_eps(x, sequence, first + t, keys);
+        const T sum = inner(plain + t * tile.ld, sums, tile.ld);
+        if (x.map == FeatureMap::mala) {
+          apply_readout(readout_of(x, sequence, keys, sum), x.dim, tile.g + t * tile.ld, tile.ld);
+          d[t] = T(1);
+        } else {
+          d[t] = sum + effective_eps(x, sequence, first + t, keys);
+        }
       }
       product(tile.g, tile.ld, 1, state, vp, n, rows, vp, out, vp, false);
       finish_rows(x, span, first, n, head, d, out, vp, gate, o);
@@ -143,7 +126,7 @@ void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, void*
 template <class T>
 void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end,
                     T* z_end, int threads) {
-  const std::int64_t rows = 2 * x.dim, vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
+  const std::int64_t rows = rows_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   parallel_for(parts.first_k[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(forward_bytes(x));
     Tile<T> query(room, x.dim, x.sin != nullptr), key(room, x.dim, x.sin != nullptr);

@@ -4,54 +4,26 @@
 // of R phi_q y^T, y = g / D. `keys` walks over keys: dk and dv. The causal forms carry the state, forwards and
 // backwards; nothing of the forward pass is read but the states that parts begin with. Features are made again.
 
-#include "norm_linear_attention_tile.h"
+#include "norm_linear_attention_rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
-
-// y of a tile's rows [n][vp]: the gradient before the gate over the denominator; the gate's silu and its slope if asked for.
-template <class T>
-void load_gradient(const NormLinearAttention<T>& x, const void* grad, const Span& span, std::int64_t first, std::int64_t n,
-                   std::int64_t head, T* y, std::int64_t vp, T* gate_rows) {
-  for (std::int64_t t = 0; t < n; ++t) {
-    const std::int64_t token = span.begin + first + t;
-    T* const row = y + t * vp;
-    load_rows(grad, x.dtype, ((span.batch * x.queries + token) * x.q_heads + head) * x.v_dim, 0, 1, x.v_dim, row, vp);
-    if (x.gate.data == nullptr) continue;
-    T* const gate = gate_rows + t * vp;
-    load_rows(x.gate.data, x.dtype, span.batch * x.gate.batch + token * x.gate.token + head * x.gate.head, 0, 1, x.v_dim, gate,
-              vp);
-    for (std::int64_t c = 0; c < x.v_dim; ++c) row[c] *= gate[c] * sigmoid(gate[c]);
-  }
-}
 
 template <class T>
 std::int64_t backward_bytes(const NormLinearAttention<T>& x) {
   const std::int64_t vp = padded<T>(x.v_dim), ld = Tile<T>::row(x.dim);
   return 2 * Tile<T>::bytes(x.dim) + 6 * Room::bytes<T>(kNlaTile * vp) + 2 * Room::bytes<T>(2 * x.dim * vp) +
          2 * Room::bytes<T>(x.v_dim * ld) + 6 * Room::bytes<T>(kNlaTile * ld) + 4 * Room::bytes<T>(kNlaTile * kNlaTile) +
-         2 * Room::bytes<T>(x.v_dim * kNlaTile) + 6 * Room::bytes<T>(ld + kNlaTile);
-}
-
-// Gradients of a tile's plain features from those of its rotated ones, in place; dd z goes in before or after.
-template <class T>
-void unrotate(const NormLinearAttention<T>& x, const Tile<T>& tile, std::int64_t sequence, std::int64_t token, T* df,
-              const T* z, T factor, T* room) {
-  const bool inside = x.rope_both || x.sin == nullptr;
-  if (inside) add_scaled(df, z, factor, tile.ld);
-  if (x.sin != nullptr) {
-    tile.rotate(x, sequence, token, df, room, T(-1));
-    std::memcpy(df, room, sizeof(T) * tile.ld);
-  }
-  if (!inside) add_scaled(df, z, factor, tile.ld);
+         2 * Room::bytes<T>(x.v_dim * kNlaTile) + 6 * Room::bytes<T>(ld + vp + kNlaTile);
 }
 
 template <class T>
 void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad, void* dq,
              void* dgate, T* d_, T* dd_, T* ds, T* dz, double* dparams, int threads) {
-  const std::int64_t rows = 2 * x.dim, vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
+  const std::int64_t rows = rows_of(x), features = features_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite, gated = x.gate.data != nullptr;
+  const bool mala = x.map == FeatureMap::mala;
   const std::int64_t width = pola ? x.dim : 3;
   parallel_for(parts.first_q[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(backward_bytes(x));
@@ -71,8 +43,9 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
     T* const weights = room.template take<T>(kNlaTile * kNlaTile);
     T* const sums = room.template take<T>(ld);
     T* const dz_sum = room.template take<T>(ld);
-    T* const line = room.template take<T>(ld);
+    T* const line = room.template take<T>(ld > vp ? ld : vp);
     T* const d = room.template take<T>(kNlaTile);
+    Readout<T> readouts[kNlaTile];
     std::memset(v, 0, sizeof(T) * kNlaTile * vp);
     std::memset(y, 0, sizeof(T) * kNlaTile * vp);
     std::memset(df, 0, sizeof(T) * kNlaTile * ld);
@@ -87,7 +60,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
       const std::int64_t from = x.causal ? unit : sequence * x.kv_heads + kv;
       load_state(s + from * rows * x.v_dim, rows, x.v_dim, state, vp);
       std::memset(sums, 0, sizeof(T) * ld);
-      std::memcpy(sums, z + from * rows, sizeof(T) * rows);
+      std::memcpy(sums, z + from * features, sizeof(T) * features);
       transpose(state, vp, rows, x.v_dim, turned, ld);
       std::memset(ds_sum, 0, sizeof(T) * rows * vp);
       std::memset(dz_sum, 0, sizeof(T) * ld);
@@ -117,7 +90,9 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
           const T* const plain = x.rope_both ? query.g : query.f;
           load_gradient(x, grad, span, at, n, head, y, vp, gate);
           for (std::int64_t t = 0; t < n; ++t) {
-            d[t] = inner(plain + t * ld, z_rows + t * z_ld, ld) + effective_eps(x, sequence, at + t, keys);
+            const T sum = inner(plain + t * ld, z_rows + t * z_ld, ld);
+            d[t] = mala ? sum : sum + effective_eps(x, sequence, at + t, keys);
+            if (mala) continue;
             const T factor = T(1) / d[t];
             for (std::int64_t c = 0; c < vp; c += kLanes<T>) store_vec(y + t * vp + c, load_vec(y + t * vp + c) * factor);
           }
@@ -136,23 +111,26 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
           const Head<T> h = head_of(x, head, true, query.power);
           for (std::int64_t t = 0; t < n; ++t) {
             const std::int64_t row = (span.batch * x.queries + span.begin + at + t) * x.q_heads + head;
-            const T dd = -inner(query.g + t * ld, df + t * ld, wide) / d[t];
+            T dd = inner(query.g + t * ld, df + t * ld, wide);
+            if (mala) {  // of c and of the last feature by the weight
+              readouts[t] = readout_of(x, sequence, keys, d[t]);
+              const Readout<T>& r = readouts[t];
+              const T below = T(1) / (r.weight + x.eps);
+              dd = -(dd * r.scale * below * below + df[t * ld + x.dim] * r.inverse) * r.scale;
+              for (std::int64_t c = 0; c < ld; c += kLanes<T>) store_vec(df + t * ld + c, load_vec(df + t * ld + c) * r.c);
+            } else {
+              dd = -dd / d[t];
+            }
             d_[row] = d[t];
             dd_[row] = dd;
-            if (gated && dgate != nullptr) {
-              load_rows(grad, x.dtype, row * x.v_dim, 0, 1, x.v_dim, line, ld);
-              for (std::int64_t c = 0; c < x.v_dim; ++c) {
-                const T g = gate[t * vp + c], sig = sigmoid(g);
-                o[t * vp + c] = line[c] * o[t * vp + c] / d[t] * sig * (T(1) + g * (T(1) - sig));
-              }
-              write_row(o + t * vp, x.v_dim, dgate, x.dtype, row * x.v_dim);
-            }
+            if (gated && dgate != nullptr) gate_gradient(x, grad, row, gate + t * vp, d[t], o + t * vp, line, dgate);
             add_scaled(dz_sum, plain + t * ld, dd, ld);
             unrotate(x, query, sequence, at + t, df + t * ld, z_rows + t * z_ld, dd, line);
             query_gradient(h, query.x + t * query.dp, query.w + t * query.dp, query.l + t * query.dp, df + t * ld, line,
                            own + member * width);
             write_row(line, x.dim, dq, x.dtype, row * x.dim);
           }
+          for (std::int64_t t = 0; t < n && mala; ++t) apply_readout(readouts[t], x.dim, query.g + t * ld, ld);
           if (ds != nullptr) product(query.g, 1, ld, y, vp, rows, n, vp, ds_sum, vp, true);
         }
         if (x.causal) {
@@ -163,7 +141,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
       }
       if (ds != nullptr) {
         store_state(ds_sum, vp, rows, x.v_dim, ds + unit * rows * x.v_dim);
-        std::memcpy(dz + unit * rows, dz_sum, sizeof(T) * rows);
+        std::memcpy(dz + unit * features, dz_sum, sizeof(T) * features);
       }
     }
   });
@@ -172,7 +150,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
 template <class T>
 void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* grad, const T* d_, const T* dd_, T* ds, T* dz,
           void* dk, void* dv, double* dparams, int threads) {
-  const std::int64_t rows = 2 * x.dim, vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
+  const std::int64_t rows = rows_of(x), features = features_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite;
   parallel_for(parts.first_k[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(backward_bytes(x));
@@ -205,7 +183,7 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
       const std::int64_t from = x.causal ? unit : sequence * x.kv_heads + kv;
       load_state(ds + from * rows * x.v_dim, rows, x.v_dim, state, vp);
       std::memset(sums, 0, sizeof(T) * ld);
-      std::memcpy(sums, dz + from * rows, sizeof(T) * rows);
+      std::memcpy(sums, dz + from * features, sizeof(T) * features);
       transpose(state, vp, rows, x.v_dim, turned, ld);
       const Head<T> h = head_of(x, kv, false, key.power);
       double* const own = pola ? dparams + unit * x.dim : nullptr;
@@ -256,7 +234,7 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
       }
       if (x.causal) {
         store_state(state, vp, rows, x.v_dim, ds + unit * rows * x.v_dim);
-        std::memcpy(dz + unit * rows, sums, sizeof(T) * rows);
+        std::memcpy(dz + unit * features, sums, sizeof(T) * features);
       }
     }
   });

@@ -166,9 +166,20 @@ inline void angle_row(const Head<T>& h, const T* x, const T* w, T inverse, T* f)
   }
 }
 
+// elu + 1 of a row, and its slope.
+template <class T>
+inline void elu_row(std::int64_t dim, const T* x, T* slope, T* f) {
+  for (std::int64_t c = 0; c < dim; c += kLanes<T>) {
+    const Vec<T> v = load_vec(x + c), e = v <= T(0) ? exp2_vec(v * T(kLog2e)) : v - v + T(1);  // a NaN stays
+    store_vec(slope + c, e);
+    store_vec(f + c, v > T(0) ? v + T(1) : e);
+  }
+}
+
 // phi_q of a row; w, l [dim]: magnitudes and their base's log2, kept for the gradient.
 template <class T>
 inline void query_row(const Head<T>& h, const T* q, T* w, T* l, T* f) {
+  if (h.map == FeatureMap::mala) return elu_row(h.dim, q, w, f);
   T inverse = 1;
   Vec<T> p{};
   if (h.power == nullptr) {
@@ -192,6 +203,7 @@ inline void query_row(const Head<T>& h, const T* q, T* w, T* l, T* f) {
 // phi_k of a row; w as above.
 template <class T>
 inline void key_row(const Head<T>& h, const T* k, T* w, T* f) {
+  if (h.map == FeatureMap::mala) return elu_row(h.dim, k, w, f);
   for (std::int64_t c = 0; c < h.dim; c += kLanes<T>) {
     const Vec<T> a = absolute<T>(load_vec(k + c));
     if (h.power != nullptr) {
@@ -218,9 +230,15 @@ inline Vec<T> sign_of(const Vec<T>& x) {
   return x > T(0) ? spread<T>(1) : (x < T(0) ? spread<T>(-1) : x);
 }
 
+template <class T>
+inline void elu_gradient(std::int64_t dim, const T* slope, const T* df, T* dx) {
+  for (std::int64_t c = 0; c < dim; c += kLanes<T>) store_vec(dx + c, load_vec(df + c) * load_vec(slope + c));
+}
+
 // dq [dim and padding] from df [2 dim]; adds the gradients of lam, tau, beta (pola: of each power) to `sums`.
 template <class T>
 inline void query_gradient(const Head<T>& h, const T* q, const T* w, const T* l, const T* df, T* dq, double* sums) {
+  if (h.map == FeatureMap::mala) return elu_gradient(h.dim, w, df, dq);
   const T *upper = df, *lower = df + h.dim;
   if (h.map == FeatureMap::pola_opposite) {
     upper = df + h.dim;
@@ -268,6 +286,7 @@ inline void query_gradient(const Head<T>& h, const T* q, const T* w, const T* l,
 // dk from df; w: magnitudes.
 template <class T>
 inline void key_gradient(const Head<T>& h, const T* k, const T* w, const T* df, T* dk, double* sums) {
+  if (h.map == FeatureMap::mala) return elu_gradient(h.dim, w, df, dk);
   const T *upper = df, *lower = df + h.dim;
   const bool cosine = h.map == FeatureMap::cosine;
   const T inverse = cosine ? T(1) / norm_of(k, h.dim, h.eps) : T(1);

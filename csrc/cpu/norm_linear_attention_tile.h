@@ -112,6 +112,17 @@ inline void transpose(const T* x, std::int64_t ldx, std::int64_t rows, std::int6
   }
 }
 
+// Rows of a state, and how many of them are in z. MALA's last row, the sum of the values, is a feature too: 1 of every key,
+// and of a query what its readout takes of them.
+template <class T>
+inline std::int64_t rows_of(const NormLinearAttention<T>& x) {
+  return x.map == FeatureMap::mala ? x.dim + 1 : 2 * x.dim;
+}
+template <class T>
+inline std::int64_t features_of(const NormLinearAttention<T>& x) {
+  return x.map == FeatureMap::mala ? x.dim : 2 * x.dim;
+}
+
 // One sequence's place: batch, first token in it, tokens.
 struct Span {
   std::int64_t batch, begin, length;
@@ -141,7 +152,7 @@ inline Head<T> head_of(const NormLinearAttention<T>& x, std::int64_t head, bool 
     for (std::int64_t c = 0; c < x.dim; ++c) power_room[c] = x.params[head * x.dim + c];
     for (std::int64_t c = x.dim; c < padded<T>(x.dim); ++c) power_room[c] = T(1);
     h.power = power_room;
-  } else if (query) {
+  } else if (query && x.map != FeatureMap::mala) {
     h.lam = x.params[head];
     h.tau = x.params[x.q_heads + head];
     h.beta = x.params[2 * x.q_heads + head];
@@ -190,6 +201,10 @@ struct Tile {
       } else {
         key_row(h, to, w + t * dp, f + t * ld);
       }
+      if (p.map == FeatureMap::mala) {
+        f[t * ld + dim] = query ? T(0) : T(1);
+        for (std::int64_t c = dim + 1; c < ld; ++c) f[t * ld + c] = T(0);
+      }
       if (g != f) rotate(p, sequence, first + t, f + t * ld, g + t * ld, T(1));
     }
   }
@@ -199,7 +214,8 @@ struct Tile {
               T direction) const {
     const std::int64_t half = dim / 2, at = (token + (p.start == nullptr ? 0 : p.start[sequence])) * half;
     const T *sin = p.sin + at, *cos = p.cos + at;
-    for (int side = 0; side < 2; ++side) {
+    const bool mala = p.map == FeatureMap::mala;
+    for (int side = 0; side < (mala ? 1 : 2); ++side) {
       const T* const a = from + side * dim;
       T* const b = to + side * dim;
       for (std::int64_t j = 0; j < half; ++j) {
@@ -208,7 +224,8 @@ struct Tile {
         b[2 * j + 1] = odd * cos[j] + even * s;
       }
     }
-    for (std::int64_t c = 2 * dim; c < ld; ++c) to[c] = T(0);
+    for (std::int64_t c = rows_of(p); c < ld; ++c) to[c] = T(0);
+    if (mala) to[dim] = from[dim];
   }
 };
 
@@ -253,6 +270,24 @@ inline T effective_eps(const NormLinearAttention<T>& x, std::int64_t sequence, s
   if (!x.mean) return x.eps;
   const std::int64_t before = x.count == nullptr ? 0 : x.count[sequence];
   return x.eps * static_cast<T>(before + (x.causal ? token + 1 : keys));
+}
+
+// MALA's readout of a row with x = phi_q . z: o = S^T [c R phi_q; last].
+template <class T>
+struct Readout {
+  T inverse, scale, weight, c, last;  // 1 / tokens, 1 / (sqrt(d) tokens), scale x
+};
+template <class T>
+inline Readout<T> readout_of(const NormLinearAttention<T>& x, std::int64_t sequence, std::int64_t keys, T product) {
+  const T tokens = static_cast<T>((x.count == nullptr ? 0 : x.count[sequence]) + keys);
+  const T inverse = T(1) / tokens, scale = inverse / static_cast<T>(__builtin_sqrt(static_cast<double>(x.dim)));
+  const T weight = product * scale;
+  return {inverse, scale, weight, (T(1) + T(1) / (weight + x.eps)) * scale, -weight * inverse};
+}
+template <class T>
+inline void apply_readout(const Readout<T>& r, std::int64_t dim, T* row, std::int64_t ld) {
+  for (std::int64_t c = 0; c < ld; c += kLanes<T>) store_vec(row + c, load_vec(row + c) * r.c);
+  row[dim] = r.last;
 }
 
 template <class T>

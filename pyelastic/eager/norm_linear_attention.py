@@ -59,9 +59,7 @@ def query_features(q: Tensor, params: Tensor | None, map: int, alpha: float, nor
     return _by_sign(q, w) if map == SPLIT else _by_angle(u, w, alpha)
 
 
-def key_features(
-    k: Tensor, params: Tensor | None, map: int, key_power: float, alpha: float, norm_eps: float
-) -> Tensor:
+def key_features(k: Tensor, params: Tensor | None, map: int, key_power: float, alpha: float, norm_eps: float) -> Tensor:
     """phi_k [N, H, F] of k [N, H, d]."""
     if map == MALA:
         return torch.nn.functional.elu(k) + 1
@@ -183,6 +181,7 @@ def attend(
     alpha: float,
     eps: float,
     norm_eps: float,
+    final_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, N, H, dv] in q's dtype, and the states s [sequences, Hk, R, dv], z [sequences, Hk, F] at the end."""
     dtype = statistics_dtype(q)

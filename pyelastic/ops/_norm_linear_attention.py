@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     params: [3, Hq] (lam, tau, norm_scale), of a PolaFormer map [Hq, d] (powers), of MALA's None. sin, cos
     [positions, d / 2]. start, count0 [sequences] int64: position of each sequence's first token, and tokens in s0, z0.
     cu_seqlens [sequences + 1] int64, with B = 1 and N = M. s0 [sequences, Hk, rows, dv], z0 [sequences, Hk, features].
-    params, sin, cos, s0 and z0 in the compute type.
+    params, sin, cos, s0 and z0 in the compute type. final_state: whether the state after the tokens is asked for.
     """
 
     q: Tensor
@@ -56,6 +56,7 @@ class Inputs(NamedTuple):
     alpha: float
     eps: float
     norm_eps: float
+    final_state: bool = True
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,12 +5,14 @@ Contract of the kernels: csrc/norm_linear_attention.h.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyelastic import _extension
+from pyelastic.eager.norm_linear_attention import MALA
 from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
 
@@ -18,7 +20,24 @@ TILE = 64
 # Tokens of a part, and heads of all sequences from which on a causal sequence is one part: fixed, so that no bit
 # depends on the number of threads.
 PART, SERIAL_HEADS = 256, 16
+# Multiplications below which a thread more costs more than it brings: an estimate, from 10 microseconds to wake it.
+WORTH_A_THREAD = 1 << 19
 Pair = tuple[Tensor, Tensor]
+
+
+def quadratic(x: Inputs) -> bool:
+    """Whether a call runs in quadratic order: one tile of tokens, no state, and fewer products that way."""
+    n, m, d, dv = x.q.shape[1], x.k.shape[1], x.q.shape[3], x.v.shape[3]
+    if x.final_state or x.s0 is not None or x.cu_seqlens is not None or x.map == MALA or n > TILE or m > TILE:
+        return False
+    pairs = n * m // 2 if x.causal else n * m
+    return pairs * (8 * d + 3 * dv) < 6 * d * dv * (n + m)
+
+
+@lru_cache(maxsize=64)
+def _multiples(count: int, each: int) -> Tensor:
+    """[0, each, .., count each]. Kernels only read it."""
+    return torch.arange(count + 1) * each
 
 
 class _Problem:
@@ -28,7 +47,8 @@ class _Problem:
         self.x = x = inputs.detached().readable()
         self.suffix = "_f64" if x.dtype == torch.float64 else "_f32"
         self.extension = _extension.load()
-        self.threads = torch.get_num_threads()
+        work = (x.q.numel() + x.k.numel()) * 2 * x.v.shape[3]
+        self.threads = max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD))
         self.problem = x.problem()
         # One walk over each sequence, whose state goes from tile to tile: no sums of parts in memory.
         longest = max(x.q.shape[1], x.k.shape[1], 1)
@@ -39,11 +59,9 @@ class _Problem:
 
     def _first(self, tokens: int) -> Tensor:
         """Place of each sequence's first part, and how many there are."""
-        if self.serial:
-            return torch.arange(self.x.sequences + 1)
         offsets = self.x.cu_seqlens
-        if offsets is None:
-            return torch.arange(self.x.sequences + 1) * -(-tokens // self.part)
+        if self.serial or offsets is None:
+            return _multiples(self.x.sequences, 1 if self.serial else -(-tokens // self.part))
         counts = (offsets.diff() + self.part - 1) // self.part
         return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
@@ -57,10 +75,12 @@ class _Problem:
         made = (torch.empty(count, heads, n, dtype=self.x.dtype) for n in (rows * v_dim, features))
         return next(made), next(made)
 
-    def scan(
-        self, first: Tensor, parts: Pair, initial: tuple[Tensor | None, Tensor | None], reverse: bool
-    ) -> Pair:
+    def scan(self, first: Tensor, parts: Pair, initial: tuple[Tensor | None, Tensor | None], reverse: bool) -> Pair:
         """The sums of all parts; causal: each part becomes the sum before it."""
+        shapes = self.x.state_shapes()
+        alone = len(parts[0]) == self.x.sequences and self.x.cu_seqlens is None and not self.x.causal
+        if alone and initial[0] is None and initial[1] is None:
+            return parts[0].view(shapes[0]), parts[1].view(shapes[1])
         found = []
         for part, start, shape in zip(parts, initial, self.x.state_shapes(), strict=True):
             total = torch.empty(shape, dtype=self.x.dtype)
@@ -104,19 +124,24 @@ class _Problem:
 
     def backward(self, s: Tensor, z: Tensor, grad: Tensor, after: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
         x = self.x
-        read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
         grad = grad.contiguous()
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (x.q, x.k, x.v))
         dgate = torch.empty(x.output_shape() if x.gate is not None else (0,), dtype=x.q.dtype)
+        if quadratic(x):
+            width = x.q.shape[3] if x.pola else 3
+            dparams = torch.empty(x.sequences, x.q.shape[2], width, dtype=torch.float64)
+            dpowers = torch.empty(x.sequences if x.pola else 0, x.k.shape[2], width, dtype=torch.float64)
+            self.call("short_backward", self.problem, *map(pointer, (grad, dq, dk, dv, dgate, dparams, dpowers)))
+            none = torch.empty(0, dtype=x.dtype)
+            return [dq, dk, dv, self.total(dparams, dpowers), dgate, none, none]
+        read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
         d, dd = (torch.empty(x.q.shape[:3], dtype=x.dtype) for _ in range(2))
         width = x.q.shape[3] if x.pola else 3
         dparams = torch.empty(int(self.first_q[-1]), x.q.shape[2], width, dtype=torch.float64)
         parts = None if self.serial else self.slots(self.first_q)
         at = (0, 0) if parts is None else tuple(map(pointer, parts))
         outs = map(pointer, (dq, dgate if x.gate is not None else None, d, dd))
-        self.call(
-            "queries", self.problem, self.parts, *map(pointer, read), pointer(grad), *outs, *at, pointer(dparams)
-        )
+        self.call("queries", self.problem, self.parts, *map(pointer, read), pointer(grad), *outs, *at, pointer(dparams))
         if parts is None:
             ends = zip(after, x.state_shapes(), strict=True)
             made = (torch.zeros(n, dtype=x.dtype) if t is None else t.contiguous().clone() for t, n in ends)
@@ -127,15 +152,22 @@ class _Problem:
         dpowers = torch.empty(int(self.first_k[-1]) if x.pola else 0, x.k.shape[2], width, dtype=torch.float64)
         inputs = map(pointer, (grad, d, dd, *first, dk, dv, dpowers))
         self.call("keys", self.problem, self.parts, *inputs)
-        # In the order of the parts, whatever the number of threads.
+        return [dq, dk, dv, self.total(dparams, dpowers), dgate, *total]
+
+    def total(self, dparams: Tensor, dpowers: Tensor) -> Tensor:
+        """Gradients of all parts, added in their order whatever the number of threads, as ``params``."""
         sums = dparams.cumsum(0)[-1:].sum(0)
-        sums = sums + dpowers.cumsum(0)[-1:].sum(0) if x.pola else sums.mT.contiguous()
-        return [dq, dk, dv, sums.to(x.dtype), dgate, *total]
+        sums = sums + dpowers.cumsum(0)[-1:].sum(0) if self.x.pola else sums.mT.contiguous()
+        return sums.to(self.x.dtype)
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The raw op ``norm_linear_attention_fwd.cpu``: o, and the state after all tokens."""
+    """The raw op ``norm_linear_attention_fwd.cpu``: o, and the state after all tokens (quadratic: nothing)."""
     problem = _Problem(Inputs(*arguments))
+    if quadratic(problem.x):
+        o = torch.empty(problem.x.output_shape(), dtype=problem.x.q.dtype)
+        problem.call("short_forward", problem.problem, pointer(o))
+        return o, torch.empty(0, dtype=problem.x.dtype), torch.empty(0, dtype=problem.x.dtype)
     read, whole = problem.states()
     o = problem.forward(read, whole if problem.serial else None)
     return o, *whole

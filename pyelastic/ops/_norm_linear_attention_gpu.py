@@ -32,8 +32,6 @@ class Pieces(NamedTuple):
 
 def why_not(dim: int, v_dim: int, map: int) -> str | None:
     """What the kernels lack."""
-    if map == MALA:
-        return "MALA's readout is not implemented in the kernels"
     if max(dim, v_dim) > WIDEST:
         return f"heads are {dim} wide and values {v_dim}; the kernels take up to {WIDEST}"
     return None
@@ -73,7 +71,7 @@ class GpuProblem:
     def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
         raise NotImplementedError
 
-    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, parts: Pair) -> None:
+    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
         raise NotImplementedError
 
     def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
@@ -101,8 +99,8 @@ class GpuProblem:
     def scan(self, parts: Pair, initial: tuple[Tensor | None, Tensor | None], tokens: int, reverse: bool) -> Pair:
         """The sums of all parts; causal: each part's place is left with the sum before it."""
         found = []
-        for part, start, shape in zip(parts, initial, self.x.state_shapes(), strict=True):
-            out = self.empty(*shape)
+        for part, start in zip(parts, self.widened(initial), strict=True):
+            out = self.empty(self.x.sequences, self.kv_heads, *part.shape[2:])
             if out.numel():
                 start = None if start is None else start.contiguous()
                 self.run_scan(tokens, self.parts_of(tokens), out[0, 0].numel(), start, reverse, part, out)
@@ -112,6 +110,22 @@ class GpuProblem:
     def slots(self, count: int, heads: int) -> Pair:
         """Room for the states of parts."""
         return self.empty(count, heads, 2 * self.d, self.dv), self.empty(count, heads, 2 * self.d)
+
+    def widened(self, state: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """A state as the kernels take it: 2 d rows also for MALA, whose row d sums the values."""
+        if self.x.map != MALA:
+            return state
+        s, z = state
+        rows = self.d - 1
+        return (
+            None if s is None else torch.nn.functional.pad(s, (0, 0, 0, rows)),
+            None if z is None else torch.nn.functional.pad(z, (0, self.d)),
+        )
+
+    def narrowed(self, state: Pair) -> Pair:
+        """The reverse."""
+        rows, features = self.x.rows, self.x.features
+        return state[0][:, :, :rows].contiguous(), state[1][:, :, :features].contiguous()
 
     def states(self) -> tuple[Pair, Pair]:
         """((before each part, or for the bidirectional form the whole), (s, z) of the whole)."""
@@ -127,13 +141,13 @@ class GpuProblem:
         o = self.empty(*self.x.output_shape(), dtype=self.x.q.dtype)
         if o.numel():
             self.run_forward(self.pieces(self.n, self.tile), read, o)
-        return o, *whole
+        return o, *self.narrowed(whole)
 
     def backward(
         self, s: Tensor, z: Tensor, grad: Tensor, grad_s: Tensor | None, grad_z: Tensor | None
     ) -> list[Tensor]:
         x = self.x
-        read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
+        read: Any = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
         dtype, group = x.q.dtype, self.heads // self.kv_heads
         grad = grad.contiguous()
         dq, dk, dv = (self.empty(*t.shape, dtype=dtype) for t in (x.q, x.k, x.v))
@@ -142,13 +156,14 @@ class GpuProblem:
         d, dd = self.empty(rows, self.heads), self.empty(rows, self.heads)
         tiles = self.pieces(self.n, self.tile)
         # Tiles of packed sequences that have no tokens write nothing.
-        dparams = torch.zeros(tiles.total, self.heads, self.d if x.pola else 3, device=self.device)
+        shape = (rows, self.heads, 1) if x.map == MALA else (tiles.total, self.heads, self.d if x.pola else 3)
+        dparams = torch.zeros(shape, device=self.device)
         if dq.numel():
             self.run_queries(tiles, read, grad, dq, dgate if x.gate is not None else None, d, dd, dparams)
         pieces = self.pieces(self.n, self.part)
         parts = self.slots(pieces.total, self.heads)
         if pieces.total and self.heads:
-            self.run_grad_state(pieces, grad, d, dd, parts)
+            self.run_grad_state(pieces, grad, d, dd, dparams, parts)
         if group > 1:
             made = [t.unflatten(1, (self.kv_heads, group)).sum(2) for t in parts]
             parts = made[0], made[1]
@@ -159,7 +174,7 @@ class GpuProblem:
         if dk.numel():
             self.run_keys(tiles, grad, d, dd, *after, dk, dv, dpowers)
         total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
-        return [dq, dk, dv, total, dgate, ds, dz]
+        return [dq, dk, dv, total, dgate, *self.narrowed((ds, dz))]
 
 
 def forward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

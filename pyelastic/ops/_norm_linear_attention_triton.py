@@ -100,11 +100,12 @@ class _Forward(gpu.GpuProblem):
             **self.common, **self.cube, **self.gated, **self.flags,
         )  # fmt: skip
 
-    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, parts: Pair) -> None:
+    def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
         x = self.x
         self.backward_kernels.grad_state[(pieces.total, self.heads, self.columns)](
-            x.q, self.gate, grad, d, dd, *parts, *self.tables, *self.places(pieces), *self.strides(x.q, self.gate),
-            self.n, pieces.each, self.heads, x.alpha, x.norm_eps, **self.common, **self.gated,
+            x.q, self.gate, grad, d, dd, last, *parts, *self.tables, *self.places(pieces),
+            *self.strides(x.q, self.gate), self.n, pieces.each, self.heads, x.alpha, x.norm_eps, **self.common,
+            **self.gated,
         )  # fmt: skip
 
     def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:

@@ -89,8 +89,6 @@ def mala_attention(
 
         o_i = (1 + 1 / (x_i + eps)) (R phi(q_i)) . mean(R phi(k) v^T) / sqrt(d) - x_i mean(v)
 
-    Runs in eager: the kernels have no such readout yet.
-
     Args:
         q, k: [B, N, H, d]. v: [B, N, H, dv]. rope_tables: sin, cos [N, d / 2] or [N, d], for the numerator.
 
@@ -104,7 +102,5 @@ def mala_attention(
         _errors.check_rank(checks.OP, name, tensor, 4, "[B, N, H, d]")
     checks.check_tensors(q, k, v, None, False, None)
     rope = checks.make_rope(q, k, None if rope_tables is None else "num", rope_tables, None)
-    # Where no kernel can, eager is what is meant, not a fall-back.
-    chosen = "eager" if backend == "auto" else backend
-    made: Tensor = attend(_inputs(q, k, v, None, rope, MALA, eps, False), False, "bnhd", chosen)
+    made: Tensor = attend(_inputs(q, k, v, None, rope, MALA, eps, False), False, "bnhd", backend)
     return made

@@ -18,14 +18,16 @@ g_i the gradient of o_i, D_i its denominator and y_i = g_i / D_i::
 
 Shapes: q [B, N, Hq, d], k [B, M, Hk, d], v [B, M, Hk, dv], o [B, N, Hq, dv]. Dtypes: float16, bfloat16, float32,
 computed in float32; float64 in float64 (cpu, eager). Cost: 8 d dv per token and head forward, 16 backward; saved for
-backward: the inputs, S and z. Features never reach memory. Source: Meng et al., NaLaFormer (arXiv 2506.21137; section
-3 for the map, the released code for mode="split" and rope="num"); the kernels' contract: csrc/norm_linear_attention.h.
+backward: the inputs, S and z. On the CPU up to 64 tokens go in quadratic order where that is less work: no state, and
+the inputs alone are saved. Features never reach memory. Source: Meng et al., NaLaFormer (arXiv 2506.21137; section 3
+for the map, the released code for mode="split" and rope="num"); the kernels' contract: csrc/norm_linear_attention.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +168,7 @@ def norm_linear_attention(
 
 def attend(inputs: Inputs, output_final_state: bool, layout: str, backend: str) -> Any:
     """Resolve the backend, run it, and give the result the caller's layout."""
+    inputs = inputs._replace(final_state=output_final_state)
     o, s, z = _dispatch.resolve(OP, call_of(inputs), backend).run.attend(inputs)  # type: ignore[union-attr]
     o = o.transpose(1, 2) if layout == "bhnd" else o
     if not output_final_state:
@@ -182,7 +185,7 @@ def attend(inputs: Inputs, output_final_state: bool, layout: str, backend: str) 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? params, Tensor? gate, Tensor? sin, Tensor? cos, Tensor? start, "
     "Tensor? cu_seqlens, Tensor? s0, Tensor? z0, Tensor? count0, int map, bool rope_both, bool causal, bool mean, "
-    "float key_power, float alpha, float eps, float norm_eps"
+    "float key_power, float alpha, float eps, float norm_eps, bool final_state"
 )
 FORWARD = f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
 BACKWARD = (
@@ -198,9 +201,9 @@ STEP = (
 DIFFERENTIABLE = (0, 1, 2, 3, 4, 9, 10)
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_forward(launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
     x = Inputs(*arguments)
-    s, z = x.state_shapes()
+    s, z = ((0,), (0,)) if launcher is cpu and cpu.quadratic(x) else x.state_shapes()
     return x.q.new_empty(x.output_shape()), x.q.new_empty(s, dtype=x.dtype), x.q.new_empty(z, dtype=x.dtype)
 
 
@@ -209,9 +212,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = [arguments[i] for i in DIFFERENTIABLE]
     q = arguments[0]
     made = zip(inputs, needs, strict=True)
-    return tuple(
-        q.new_empty(x.shape, dtype=x.dtype) if x is not None and need else q.new_empty(0) for x, need in made
-    )
+    return tuple(q.new_empty(x.shape, dtype=x.dtype) if x is not None and need else q.new_empty(0) for x, need in made)
 
 
 def _fake_step(*arguments: Any) -> Tensor:
@@ -238,7 +239,7 @@ def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
         return o
 
     return (
-        _library.define(f"{OP}_fwd", name, FORWARD, launcher.forward, _fake_forward),
+        _library.define(f"{OP}_fwd", name, FORWARD, launcher.forward, partial(_fake_forward, launcher)),
         _library.define(f"{OP}_bwd", name, BACKWARD, launcher.backward, _fake_backward),
         _library.define(f"{OP}_step", name, STEP, step, _fake_step),
     )
@@ -328,8 +329,6 @@ def _make_call(q: Tensor, k: Tensor, v: Tensor, *, mode: str = "split", causal: 
 def _cpu_why_not(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"q is on {call.device}; the kernel runs on the CPU"
-    if call.map == eager.MALA:
-        return "MALA's readout is not implemented in the kernel"
     return _extension.why_not()
 
 

@@ -3,7 +3,7 @@
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import BACKENDS, OP, over_backends
+from norm_linear_attention_cases import OP, over_backends
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,12 +50,10 @@ def test_polaformer(backend: str, causal: bool, d: int) -> None:
         torch.testing.assert_close(leaf.grad.cpu().double() / size, truth.grad / size, **limit)
 
 
-@pytest.mark.parametrize("rope", (False, True))
-def test_mala(rope: bool) -> None:
-    q, k, v = (draw(2, 12, 2, 8, seed=i).requires_grad_() for i in range(3))
-    tables = pyelastic.rope_tables(12, 8, dtype=torch.float64) if rope else None
+def mala(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    n, d = q.shape[1], q.shape[3]
     fq, fk = (F.elu(x.transpose(1, 2)) + 1 for x in (q, k))
-    z = fq @ fk.mean(2, keepdim=True).mT * 8**-0.5
+    z = fq @ fk.mean(2, keepdim=True).mT * d**-0.5
     gq, gk = fq, fk
     if tables is not None:
         turn = torch.complex(tables[1], tables[0])
@@ -63,21 +61,46 @@ def test_mala(rope: bool) -> None:
             torch.view_as_real(torch.view_as_complex(f.unflatten(-1, (-1, 2))) * turn).flatten(-2) for f in (fq, fk)
         )
     values = v.transpose(1, 2)
-    want = gq @ (gk.mT @ values / 12) * 8**-0.5 * (1 + 1 / (z + 1e-6)) - z * values.mean(2, keepdim=True)
-    o = pyelastic.mala_attention(q, k, v, rope_tables=tables)
-    torch.testing.assert_close(o, want.transpose(1, 2), rtol=1e-9, atol=1e-9)
-    torch.autograd.gradcheck(
-        lambda *x: pyelastic.mala_attention(*x), [t[:1, :3, :1, :2].detach().requires_grad_() for t in (q, k, v)]
-    )
+    o = gq @ (gk.mT @ values / n) * d**-0.5 * (1 + 1 / (z + eps)) - z * values.mean(2, keepdim=True)
+    return o.transpose(1, 2)
 
 
-def test_kernels_say_that_they_lack_mala() -> None:
-    q = torch.randn(1, 4, 1, 8)
-    for backend in BACKENDS:
-        if backend == "eager":
-            continue
+@over_backends
+@pytest.mark.parametrize("rope", (False, True))
+@pytest.mark.parametrize(("n", "d"), ((40, 6), (70, 33), (300, 16), (1, 1)))
+def test_mala(backend: str, rope: bool, n: int, d: int) -> None:
+    dtype, device = backends.widest(OP, backend), backends.device_of(backend)
+    if rope and d % 2:
+        d += 1
+    given = [draw(2, n, 2, d if i < 2 else 5, seed=i).to(dtype).double().requires_grad_() for i in range(3)]
+    tables = pyelastic.rope_tables(n, d, dtype=torch.float64) if rope else None
+    want = mala(*given, tables, 1e-3)
+    upstream = draw(*want.shape, seed=3)
+    want.backward(upstream)
+    leaves = [x.detach().to(device, dtype).requires_grad_() for x in given]
+    if backend == "cuda":
         with pytest.raises(pyelastic.BackendError, match="MALA's readout is not implemented"):
-            pyelastic.mala_attention(q, q, q, backend=backend)
+            pyelastic.mala_attention(*leaves, backend=backend)
+        return
+    moved = None if tables is None else (tables[0].to(device), tables[1].to(device))
+    o = pyelastic.mala_attention(*leaves, rope_tables=moved, eps=1e-3, backend=backend)
+    o.backward(upstream.to(device, dtype))
+    limit = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-4}
+    for got, truth in ((o, want), *((a.grad, b.grad) for a, b in zip(leaves, given, strict=True))):
+        assert got is not None and truth is not None
+        size = truth.detach().abs().max()
+        torch.testing.assert_close(got.detach().cpu().double() / size, truth.detach() / size, **limit)
+
+
+def test_mala_by_auto_is_a_kernel() -> None:
+    q = torch.randn(1, 4, 1, 8)
+    assert torch.equal(pyelastic.mala_attention(q, q, q), pyelastic.mala_attention(q, q, q, backend="cpu"))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "eager"))
+def test_gradients_of_mala(backend: str) -> None:
+    given = [draw(1, 3, 1, 2, seed=i).requires_grad_() for i in range(3)]
+    torch.autograd.gradcheck(lambda *x: pyelastic.mala_attention(*x, backend=backend), given)
 
 
 @pytest.mark.parametrize(

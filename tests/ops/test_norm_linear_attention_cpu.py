@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import backends
 import pytest
@@ -47,18 +48,24 @@ def test_ways_of_the_causal_form_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("heads", (1, 16))
+@pytest.mark.parametrize(("heads", "n"), [(1, 600), (16, 600), (16, 60)])
 def test_thread_count_does_not_change_a_bit(
-    dtype: torch.dtype, causal: bool, heads: int, restore_threads: None
+    dtype: torch.dtype,
+    causal: bool,
+    heads: int,
+    n: int,
+    restore_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backends.require("cpu")
-    case = make(1, 600, heads=heads, d=8, dv=8, causal=causal, learned=True, dtype=dtype)
+    monkeypatch.setattr(launcher, "WORTH_A_THREAD", 1)
+    case = make(1, n, heads=heads, d=64 if n == 60 else 8, dv=8, causal=causal, learned=True, dtype=dtype)
 
     def bits() -> dict[str, Tensor]:
-        made, leaves = call("cpu", case)
+        made, leaves = call("cpu", case, final=n > 60)
         made["o"].backward(upstream_of(case)["o"])
         grads = {n: x.grad for n, x in leaves.items() if x.grad is not None}
-        return {"o": made["o"].detach(), "s": made["s"].detach(), **grads}
+        return {**{n: x.detach() for n, x in made.items()}, **grads}
 
     torch.set_num_threads(1)
     one = bits()
@@ -66,6 +73,46 @@ def test_thread_count_does_not_change_a_bit(
         torch.set_num_threads(threads)
         for name, value in bits().items():
             assert torch.equal(value, one[name]), f"{name} differs between 1 and {threads} threads"
+
+
+@pytest.mark.parametrize("final", (False, True))
+def test_values_wider_than_the_features(final: bool) -> None:
+    """Whose rows, with a gate, once ran over the room of a row of features."""
+    backends.require("cpu")
+    compare("cpu", make(1, 30, d=4, dv=70, gate=True), states=final)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (15, 15), (16, 33), (64, 64), (64, 20), (65, 65)])
+@pytest.mark.parametrize("rope", (None, "num", "both"))
+def test_quadratic_order(causal: bool, n: int, m: int, rope: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to one tile of tokens, with shared keys and a gate, also where it is not the cheaper order."""
+    backends.require("cpu")
+    m = n if causal else m
+    called: list[str] = []
+    original = launcher._Problem.call
+
+    def spy(self: launcher._Problem, name: str, *arguments: Any) -> None:
+        called.append(name)
+        original(self, name, *arguments)
+
+    monkeypatch.setattr(launcher._Problem, "call", spy)
+    compare("cpu", make(2, n, m, heads=4, kv_heads=2, d=48, dv=32, gate=True, rope=rope, learned=True, causal=causal))
+    short = max(n, m) <= 64 and (causal or n * m * (8 * 48 + 3 * 32) < 6 * 48 * 32 * (n + m))
+    assert ("short_forward" in called, "short_backward" in called) == (short, short)
+
+
+def test_order_does_not_change_the_result() -> None:
+    backends.require("cpu")
+    case = make(2, 40, d=64, dv=64, heads=2, dtype=torch.float64, rope="num", gate=True, learned=True)
+    upstream = upstream_of(case)["o"]
+    found = []
+    for final in (False, True):
+        made, leaves = call("cpu", case, final=final)
+        made["o"].backward(upstream)
+        found.append({"o": made["o"].detach(), **{n: x.grad for n, x in leaves.items()}})
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-10, atol=1e-10)
 
 
 def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
