@@ -29,6 +29,9 @@ namespace pyelastic {
 // m: int8, 127 sign(x) sqrt(|x| / a); v: uint8, 255 (x / a)^(1/4), at least 1 where x > 0.
 constexpr std::int64_t kFiraBlock = 128;
 constexpr double kFiraNormEps = 1e-8;
+// GPUs: beyond this kappa (FiraLimiter) the residual is formed. The smaller one where P is 16-bit and no gram is given:
+// P^T P is then off by up to 2^-9.
+constexpr double kFiraKappa = 1e3, kFiraKappaRounded = 16;
 
 struct FiraMoments {
   void *m, *v;                // of `dtype`, or int8 and uint8 when m_scale is given
@@ -113,16 +116,17 @@ extern const FiraProducts fira_products;
 // --- CUDA -----------------------------------------------------------------------------------------------
 //
 // The same step for up to kFiraGroup matrices at once, launched by pyelastic/ops/_fira_cuda.py in this order: project,
-// moments, limiter, coefficients, apply. Descriptors travel as kernel arguments, so a launch can be captured in a CUDA
-// graph; nothing synchronises, no atomics, sums in a fixed order. There is no exact fallback for the limiter's norm: near
-// a_r = 1 give `gram`.
+// moments, limiter, coefficients, apply; near a_r = 1 residual and limiter_exact follow the limiter, which has marked in
+// `scalars` the matrices whose q cancelled, and do nothing for the others. Descriptors travel as kernel arguments, so a
+// launch can be captured in a CUDA graph; nothing synchronises, no atomics, sums in a fixed order.
 namespace cuda {
 
 using Stream = void*;
 constexpr int kFiraGroup = 16;
 
 // One matrix. Scratch: r [L, r] float in the moments' layout, c the same in the operand type (the matrix units) or r
-// itself, stats [4, L] (|x|^2, |R|^2, |N|^2, R^T M R), f [L], scalars [4] (step size, keep, 1 = skip, unused).
+// itself, stats [4, L] (|x|^2, then |S_j|^2 / phi_j^2 if formed; |R|^2, |N|^2, R^T M R), f [L], scalars [5] (step size, keep,
+// 1 = form the residual, steps taken, the limiter's norm before).
 struct FiraMatrix {
   void* w;
   const void *g, *p;
@@ -151,6 +155,8 @@ struct FiraShared {
 void fira_project(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_limiter(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_residual(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_limiter_exact(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_apply(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 

@@ -16,8 +16,9 @@ def requests() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     sizes = dict.fromkeys(("L", "D", "R"), "i32")
     strides = [f"s_{a}{b}" for a, b in ("xl", "xd", "wl", "wd", "el", "ed", "pd", "pr", "rl", "rr")]
-    floats = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "a_n", "a_r"), "fp32")
-    state = dict.fromkeys(("p_r", "p_m", "p_v", "p_gram", "p_stats", "p_scalars", "p_f"), "*fp32")
+    numbers = ("beta1", "rest1", "beta2", "rest2", "eps", "a_n", "a_r", "a_s", "gamma", "most")
+    floats = dict.fromkeys(numbers, "fp32")
+    state = dict.fromkeys(("p_r", "p_m", "p_v", "p_gram", "p_stats", "p_scalars", "p_f", "p_norm"), "*fp32")
     for arch in compiled.ARCHS:
         for bits, (block_l, block_n, block_k, warps, stages) in kernels.FIRA_CONFIGS.items():
             operand = {16: "*bf16", 32: "*fp32"}[bits]
@@ -38,6 +39,12 @@ def requests() -> dict[str, dict[str, Any]]:
                     **common, **tile, "kernel": f"{MODULE}:project",
                     "constants": {k: v for k, v in constants.items() if k[2] not in "we"} | blocks,
                 }  # fmt: skip
+                exact = kernels.FIRA_CONFIGS[32]
+                found[f"triton fira residual {name}"] = {
+                    **common, "warps": exact[3], "stages": exact[4], "kernel": f"{MODULE}:residual",
+                    "constants": {k: v for k, v in constants.items() if k[2] not in "we"}
+                    | dict(zip(("BLOCK_L", "BLOCK_N", "BLOCK_K"), exact[:3], strict=True)),
+                }  # fmt: skip
                 for extra, options in (
                     ("", {"HAS_REST": False, "STOCHASTIC": False}),
                     ("compensated ", {"HAS_REST": True, "STOCHASTIC": False}),
@@ -50,6 +57,16 @@ def requests() -> dict[str, dict[str, Any]]:
                         **common, **tile, **wide, "kernel": f"{MODULE}:apply",
                         "constants": {**constants, **blocks, **options, "BACK": True},
                     }  # fmt: skip
+        for exact_norm, per_matrix in ((False, False), (True, False), (False, True)):
+            kind = f"{' exact' if exact_norm else ''}{' per matrix' if per_matrix else ''}"
+            found[f"triton fira limiter{kind} (sm_{arch})"] = {
+                "kernel": f"{MODULE}:limiter",
+                "signature": {**sizes, **floats, **state},
+                "constants": {"EXACT": exact_norm, "PER_MATRIX": per_matrix, "COLLAPSE": False,
+                              "BLOCK": kernels.LIMITER_BLOCK},
+                "multiples_of_16": ["L"],
+                "arch": arch, "warps": kernels.LIMITER_WARPS, "stages": 3,
+            }  # fmt: skip
         for gram in (False, True):
             block_l, block_n = kernels.MOMENTS_BLOCKS[gram]
             found[f"triton fira moments{' gram' if gram else ''} (sm_{arch})"] = {

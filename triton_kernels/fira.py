@@ -1,9 +1,11 @@
-"""fira in Triton: three kernels a matrix. Formulas: csrc/fira.h.
+"""fira in Triton: four kernels a matrix. Formulas: csrc/fira.h.
 
 ``project``: a program owns a block of vectors and a block of coordinates; R = X P over tiles of d, |x|^2 beside it.
 ``moments``: a program owns a block of vectors and walks over r: the moments, |R|^2, |N|^2 (and R^T M R).
 ``apply``: a program owns a tile of W; C = a_n N - a_r f R is made in registers, tile by tile of r, from m, v and R, and
-multiplied by P; the epilogue reads W and G and writes W. Between them the launcher does the [L]-sized limiter in torch.
+multiplied by P; the epilogue reads W and G and writes W.
+``limiter``: s, lim and f, between ``moments`` and ``apply``. Near a_r = 1 ``residual`` and the limiter again follow it,
+and end at once unless it found that s had cancelled.
 
 The side only swaps strides: every array is read as vectors along the first dimension. 16-bit operands enter tl.dot as
 they are with float32 sums, float32 in three tf32 products (an error of 2^-21 of a product). Addresses are int64.
@@ -18,6 +20,11 @@ import triton.language as tl
 # spills on sm_80, sm_90, sm_100 (tests/test_kernel_budget.py). Not yet measured on a GPU.
 FIRA_CONFIGS = {16: (64, 64, 32, 4, 3), 32: (64, 32, 32, 4, 2)}
 STOCHASTIC_WARPS = 8  # 4 spill on sm_80
+NORM_EPS = tl.constexpr(1e-8)  # beside |R_j| and beside the limiter's norm
+LIMITER_BLOCK, LIMITER_WARPS = 1024, 8  # 4 warps spill
+# The limiter's s^2 may be this much smaller than sum_j phi_j^2 |x_j|^2 before the residual is formed; the second number
+# where P is 16-bit and no Gram matrix is given: P^T P is then off by up to 2^-9.
+KAPPA = (1e3, 16.0)
 MOMENTS_BLOCKS = {False: (32, 64), True: (32, 32)}  # with a Gram matrix -> vectors, coordinates
 
 
@@ -97,6 +104,108 @@ def moments(
         tl.store(p_stats + L + o_l, r2, mask=m_l)
         tl.store(p_stats + o_l + L + L, n2, mask=m_l)  # no product in 32 bits
         tl.store(p_stats + o_l + L + L + L, g2 if HAS_GRAM else r2, mask=m_l)
+
+
+@triton.jit
+def limiter(
+    p_stats,  # [4, L], as `project`, `moments` and `residual` have left them
+    p_f,  # [L]: a_s phi / lim
+    p_scalars,  # gradient factor, skip at 2; to 6 goes 1 if the residual has to be formed, to 7 the norm as it was
+    p_norm,  # the limiter's norm
+    L, gamma, a_r, a_s, most,
+    EXACT: tl.constexpr, PER_MATRIX: tl.constexpr, COLLAPSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a matrix; sums in float64. EXACT: stats' first row holds |x - a_r P r|^2, if it was formed at all."""
+    factor, wanted = tl.load(p_scalars).to(tl.float64), tl.load(p_scalars + 2) == 0.0
+    if EXACT:
+        wanted = tl.load(p_scalars + 6) != 0.0
+    if wanted:
+        before = tl.load(p_norm)
+        if EXACT:
+            before = tl.load(p_scalars + 7)
+        r_all = tl.zeros([BLOCK], tl.float64)
+        n_all = tl.zeros([BLOCK], tl.float64)
+        if PER_MATRIX:
+            for j in range(0, L, BLOCK):
+                o = j + tl.arange(0, BLOCK).to(tl.int64)
+                r_all += tl.load(p_stats + L + o, mask=o < L, other=0.0).to(tl.float64)
+                n_all += tl.load(p_stats + o + L + L, mask=o < L, other=0.0).to(tl.float64)
+        one = tl.sqrt(tl.sum(n_all, axis=0)) / (tl.sqrt(tl.sum(r_all, axis=0)) + NORM_EPS)
+        s_all = tl.zeros([BLOCK], tl.float64)
+        x_all = tl.zeros([BLOCK], tl.float64)
+        for j in range(0, L, BLOCK):
+            o = j + tl.arange(0, BLOCK).to(tl.int64)
+            x2 = tl.load(p_stats + o, mask=o < L, other=0.0).to(tl.float64) * factor * factor
+            r2 = tl.load(p_stats + L + o, mask=o < L, other=0.0).to(tl.float64)
+            phi2 = one * one
+            if not PER_MATRIX:
+                n2 = tl.load(p_stats + o + L + L, mask=o < L, other=0.0).to(tl.float64)
+                phi2 = tl.sqrt(r2) + NORM_EPS
+                phi2 = n2 / (phi2 * phi2)
+            q = x2
+            if not EXACT:
+                g2 = tl.load(p_stats + o + L + L + L, mask=o < L, other=0.0).to(tl.float64)
+                q = x2 - 2.0 * a_r * r2 + a_r * a_r * g2
+            s_all += phi2 * tl.where(q < 0.0, 0.0, q)  # NaN is not below
+            x_all += phi2 * x2
+        s2 = tl.sum(s_all, axis=0)
+        s = tl.sqrt(s2)
+        old = before.to(tl.float64)
+        first = old != old
+        if not COLLAPSE:
+            first = first | (old == 0.0)
+        growth = s / (old + NORM_EPS)
+        lim = tl.where(gamma > 0.0, tl.where(growth < gamma, gamma, growth) / gamma, 1.0)
+        lim = tl.where(first, 1.0, lim)
+        kept = s / lim
+        if not COLLAPSE:
+            kept = tl.where(s == 0.0, old, kept)
+        tl.store(p_norm, kept.to(p_norm.dtype.element_ty))
+        if not EXACT:
+            tl.store(p_scalars + 7, before)
+            tl.store(p_scalars + 6, (tl.sum(x_all, axis=0) > most * s2).to(tl.float32))
+        for j in range(0, L, BLOCK):
+            o = j + tl.arange(0, BLOCK).to(tl.int64)
+            phi = tl.zeros([BLOCK], tl.float64) + one
+            if not PER_MATRIX:
+                r2 = tl.load(p_stats + L + o, mask=o < L, other=0.0).to(tl.float64)
+                n2 = tl.load(p_stats + o + L + L, mask=o < L, other=0.0).to(tl.float64)
+                phi = tl.sqrt(n2) / (tl.sqrt(r2) + NORM_EPS)
+            tl.store(p_f + o, (a_s * phi / lim).to(tl.float32), mask=o < L)
+
+
+@triton.jit
+def residual(
+    p_x,  # [L, d], strides s_xl, s_xd
+    p_p,  # [d, r], strides s_pd, s_pr
+    p_r,  # [L, r] float32, strides s_rl, s_rr
+    p_stats,  # |x - a_r P r|^2 goes over |x|^2
+    p_scalars,
+    L, D, R, s_xl, s_xd, s_pd, s_pr, s_rl, s_rr, a_r,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Only where the limiter asks for it. A program walks over all of d: the sum has one order and needs no scratch."""
+    if tl.load(p_scalars + 6) != 0.0:
+        o_l = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+        m_l = o_l < L
+        square = tl.zeros([BLOCK_L], tl.float64)
+        for n in range(0, D, BLOCK_N):
+            o_d = n + tl.arange(0, BLOCK_N).to(tl.int64)
+            m_d = o_d < D
+            acc = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
+            for k in range(0, R, BLOCK_K):
+                o_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+                m_k = o_k < R
+                b_r = tl.load(p_r + o_l[:, None] * s_rl + o_k[None, :] * s_rr,
+                              mask=m_l[:, None] & m_k[None, :], other=0.0)  # fmt: skip
+                b_p = tl.load(p_p + o_d[None, :] * s_pd + o_k[:, None] * s_pr,
+                              mask=m_k[:, None] & m_d[None, :], other=0.0)  # fmt: skip
+                # In float32 also for 16 bits: the rounding of R would be the residual.
+                acc = tl.dot(b_r, b_p.to(tl.float32), acc, input_precision="tf32x3")
+            b_x = tl.load(p_x + o_l[:, None] * s_xl + o_d[None, :] * s_xd, mask=m_l[:, None] & m_d[None, :], other=0.0)
+            b_q = b_x.to(tl.float32) - a_r * acc
+            square += tl.sum(b_q * b_q, axis=1).to(tl.float64)
+        tl.store(p_stats + o_l, square.to(tl.float32), mask=m_l)
 
 
 @triton.jit

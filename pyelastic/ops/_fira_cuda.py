@@ -1,4 +1,5 @@
-"""Launcher of fira's CUDA kernels: scratch on the current stream, and five launches for each group of matrices.
+"""Launcher of fira's CUDA kernels: scratch on the current stream, and five launches for each group of matrices (seven
+where the limiter's norm may have to be formed directly).
 
 Matrices go to the matrix units where all their sizes, strides and addresses allow 16-byte copies; the others, and
 float32, to float32 tiles. Nothing here synchronises or copies to the device, so a step can be captured in a CUDA graph.
@@ -19,7 +20,13 @@ from pyelastic.ops._binding import pointer
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 GROUP = 16  # kFiraGroup
-KERNELS = ("project", "moments", "limiter", "coefficients", "apply")
+KERNELS = ("project", "moments", "limiter", "residual", "limiter_exact", "coefficients", "apply")
+EXACT = ("residual", "limiter_exact")
+
+
+def may_cancel(a_r: float, a_s: float, grams: Sequence[Tensor]) -> bool:
+    """Whether |S|^2 can lose digits: with orthonormal bases kappa is at most 1 / (1 - a_r)^2, 16 at these bounds."""
+    return a_s != 0 and a_r != 0 and (bool(grams) or 0.75 < a_r < 1.25)
 
 
 def step_(
@@ -54,6 +61,7 @@ def step_(
     module, emulated = _extension.load_cuda()
     device = params[0].device
     stream = 0 if emulated else torch.cuda.current_stream(device).cuda_stream
+    kernels = [name for name in KERNELS if name not in EXACT or may_cancel(a_r, a_s, grams)]
     with nullcontext() if emulated else torch.cuda.device(device):
         numbers = [None if x is None else x.to(torch.float32) for x in (grad_factor, found_inf)]
         scalars = [beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s]
@@ -72,7 +80,7 @@ def step_(
                 part = chosen[first : first + GROUP]
                 head = (DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], lr.data_ptr(), *map(pointer, numbers))
                 group = [x.descriptor() for x in part]
-                for kernel in KERNELS:
+                for kernel in kernels:
                     getattr(module, f"cuda_fira_{kernel}")(group, (head, scalars, flags, mma), stream)
                 for x in part:
                     x.finish()
@@ -105,7 +113,7 @@ class _Matrix:
         empty: Any = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=w.device)  # noqa: E731
         self.r = empty(*m.shape)
         self.c = empty(*m.shape, dtype=w.dtype) if self.mma else self.r
-        self.stats, self.f, self.scalars = empty(4, vectors), empty(vectors), empty(4)
+        self.stats, self.f, self.scalars = empty(4, vectors), empty(vectors), empty(5)
 
     def descriptor(self) -> tuple[list[int], list[int], int, bool]:
         w, m, v, *rest = self.work

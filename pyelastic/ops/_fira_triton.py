@@ -1,17 +1,19 @@
-"""Launcher of fira's Triton kernels (triton_kernels/fira.py): strides, scratch, the [L]-sized limiter, and grids.
+"""Launcher of fira's Triton kernels (triton_kernels/fira.py): strides, scratch and grids.
 
 Nothing here synchronises. Matrices of a call are stepped one after the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from pyelastic.eager.fira import NORM_EPS, Flags, limit
+from pyelastic.eager.fira import Flags
+from pyelastic.ops._fira_cuda import may_cancel
 
 
 def _vectors(x: Tensor, left: bool) -> tuple[int, int]:
@@ -70,7 +72,7 @@ def step_(
             one = torch.ones_like(correction)
             scalars = torch.stack([
                 factor, correction if paper else one, skip.double(), lr if paper else lr * correction,
-                1.0 - lr * weight_decay, t,
+                1.0 - lr * weight_decay, t, torch.zeros_like(t), torch.zeros_like(t),
             ]).float()  # fmt: skip
             side, m, v = left[i], exp_avgs[i], exp_avg_sqs[i]
             p = projectors[i].to(w.dtype)
@@ -95,7 +97,25 @@ def step_(
                 r, m, v, r if gram is None else gram, stats, scalars, vectors, rank, *r_strides, beta1, 1.0 - beta1,
                 beta2, 1.0 - beta2, eps, HAS_GRAM=gram is not None, BLOCK_L=moments_l, BLOCK_N=moments_n, num_warps=4,
             )  # fmt: skip
-            f = _limiter(stats, limiter_norms[i], factor, skip, gamma, a_r, a_s, flags)
+            f = torch.zeros(vectors, device=device)
+            if a_s != 0:
+                most = kernels.KAPPA[gram is None and w.dtype != torch.float32] if a_r != 0 else math.inf
+                numbers = (gamma, a_r, a_s, most)
+                choices: dict[str, int] = {"BLOCK": kernels.LIMITER_BLOCK, "num_warps": kernels.LIMITER_WARPS}
+                choices |= {"PER_MATRIX": bool(flags & Flags.PER_MATRIX), "COLLAPSE": bool(flags & Flags.COLLAPSE)}
+                kernels.limiter[(1,)](
+                    stats, f, scalars, limiter_norms[i], vectors, *numbers, EXACT=False, **choices
+                )  # fmt: skip
+                if may_cancel(a_r, a_s, grams):
+                    exact_l, exact_n, exact_k, exact_warps, exact_stages = kernels.FIRA_CONFIGS[32]
+                    kernels.residual[(triton.cdiv(vectors, exact_l),)](
+                        grads[i], p, r, stats, scalars, vectors, dim, rank, *x_strides, *p_strides, *r_strides, a_r,
+                        BLOCK_L=exact_l, BLOCK_N=exact_n, BLOCK_K=exact_k, num_warps=exact_warps,
+                        num_stages=exact_stages,
+                    )  # fmt: skip
+                    kernels.limiter[(1,)](
+                        stats, f, scalars, limiter_norms[i], vectors, *numbers, EXACT=True, **choices
+                    )  # fmt: skip
             stochastic = bool(flags & Flags.STOCHASTIC)
             if stochastic:
                 options["num_warps"] = kernels.STOCHASTIC_WARPS
@@ -112,22 +132,3 @@ def step_(
                 if copy is not original:
                     original.copy_(copy)
             steps[i].copy_(torch.where(skip, steps[i], taken))
-
-
-def _limiter(
-    stats: Tensor, norm: Tensor, factor: Tensor, skip: Tensor, gamma: float, a_r: float, a_s: float, flags: int
-) -> Tensor:
-    """f [L], and the limiter's norm renewed; sums in float64."""
-    if a_s == 0:
-        return torch.zeros_like(stats[0])
-    x2, r2, n2, g2 = stats.double().unbind(0)
-    if flags & Flags.PER_MATRIX:
-        phi = (n2.sum().sqrt() / (r2.sum().sqrt() + NORM_EPS)).expand_as(n2)
-    else:
-        phi = n2.sqrt() / (r2.sqrt() + NORM_EPS)
-    q = factor.square() * x2 - 2.0 * a_r * r2 + a_r * a_r * g2
-    q = torch.where(q < 0, 0.0, q)  # NaN is not below
-    s = (phi.square() * q).sum().sqrt()
-    lim, kept = limit(s, norm.double(), gamma, flags)
-    norm.copy_(torch.where(skip, norm, kept.to(norm.dtype)))
-    return (a_s * phi / lim).float()
