@@ -132,6 +132,7 @@ struct FiraMatrix {
   const void *g, *p;
   float* r;
   void *c, *m, *v;
+  float *m_scale, *v_scale;  // of 8-bit moments (FiraMoments), as all of a call are; or null
   const float* gram;  // or null
   void* remainder;    // or null
   float *stats, *f, *scalars, *limiter_norm, *step;
@@ -140,7 +141,7 @@ struct FiraMatrix {
   bool left;
 };
 
-// What a call's matrices share. p, g, w have `dtype`; moments are float32 or bfloat16. grad_factor, found_inf: null or a
+// What a call's matrices share. p, g, w have `dtype`; moments are float32, bfloat16 or 8-bit. grad_factor, found_inf: null or a
 // number on the device.
 struct FiraShared {
   Dtype dtype, moment_dtype;

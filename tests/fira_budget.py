@@ -19,6 +19,8 @@ def requests() -> dict[str, dict[str, Any]]:
     numbers = ("beta1", "rest1", "beta2", "rest2", "eps", "a_n", "a_r", "a_s", "gamma", "most")
     floats = dict.fromkeys(numbers, "fp32")
     state = dict.fromkeys(("p_r", "p_m", "p_v", "p_gram", "p_stats", "p_scalars", "p_f", "p_norm"), "*fp32")
+    state |= {"p_m_scale": "*fp32", "p_v_scale": "*fp32"}
+    codes = {"p_m": "*i8", "p_v": "*u8"}
     for arch in compiled.ARCHS:
         for bits, (block_l, block_n, block_k, warps, stages) in kernels.FIRA_CONFIGS.items():
             operand = {16: "*bf16", 32: "*fp32"}[bits]
@@ -47,15 +49,18 @@ def requests() -> dict[str, dict[str, Any]]:
                 }  # fmt: skip
                 for extra, options in (
                     ("", {"HAS_REST": False, "STOCHASTIC": False}),
+                    ("8-bit ", {"HAS_REST": False, "STOCHASTIC": False}),
                     ("compensated ", {"HAS_REST": True, "STOCHASTIC": False}),
                     ("stochastic ", {"HAS_REST": False, "STOCHASTIC": True}),
                 ):
-                    if bits == 32 and extra:
+                    if bits == 32 and extra not in ("", "8-bit "):
                         continue
-                    wide = {"warps": kernels.STOCHASTIC_WARPS} if options["STOCHASTIC"] else {}
+                    eight = extra == "8-bit "
+                    wide = {"warps": kernels.WIDE_WARPS} if options["STOCHASTIC"] or (eight and bits == 16) else {}
                     found[f"triton fira apply {extra}{name}"] = {
                         **common, **tile, **wide, "kernel": f"{MODULE}:apply",
-                        "constants": {**constants, **blocks, **options, "BACK": True},
+                        "signature": common["signature"] | (codes if eight else {}),
+                        "constants": {**constants, **blocks, **options, "BACK": True, "EIGHT": eight},
                     }  # fmt: skip
         for exact_norm, per_matrix in ((False, False), (True, False), (False, True)):
             kind = f"{' exact' if exact_norm else ''}{' per matrix' if per_matrix else ''}"
@@ -67,13 +72,14 @@ def requests() -> dict[str, dict[str, Any]]:
                 "multiples_of_16": ["L"],
                 "arch": arch, "warps": kernels.LIMITER_WARPS, "stages": 3,
             }  # fmt: skip
-        for gram in (False, True):
-            block_l, block_n = kernels.MOMENTS_BLOCKS[gram]
-            found[f"triton fira moments{' gram' if gram else ''} (sm_{arch})"] = {
+        for (eight, gram), (block_l, block_n, block_k, warps) in kernels.MOMENTS_CONFIGS.items():
+            kind = f"{' 8-bit' if eight else ''}{' gram' if gram else ''}"
+            found[f"triton fira moments{kind} (sm_{arch})"] = {
                 "kernel": f"{MODULE}:moments",
-                "signature": {**sizes, "s_rl": "i64", "s_rr": "i64", **floats, **state},
-                "constants": {"s_rr": 1, "HAS_GRAM": gram, "BLOCK_L": block_l, "BLOCK_N": block_n},
+                "signature": {**sizes, "s_rl": "i64", "s_rr": "i64", **floats, **state, **(codes if eight else {})},
+                "constants": {"s_rr": 1, "HAS_GRAM": gram, "EIGHT": eight, "BLOCK_L": block_l, "BLOCK_N": block_n,
+                              "BLOCK_K": block_k},
                 "multiples_of_16": ["L", "R", "s_rl"],
-                "arch": arch, "warps": 4, "stages": 3,
+                "arch": arch, "warps": warps, "stages": 3,
             }  # fmt: skip
     return found

@@ -19,13 +19,20 @@ import triton.language as tl
 # operand bits -> (vectors, coordinates or columns, depth, num_warps, num_stages) of a tile. Chosen by compiling: none
 # spills on sm_80, sm_90, sm_100 (tests/test_kernel_budget.py). Not yet measured on a GPU.
 FIRA_CONFIGS = {16: (64, 64, 32, 4, 3), 32: (64, 32, 32, 4, 2)}
-STOCHASTIC_WARPS = 8  # 4 spill on sm_80
+WIDE_WARPS = 8  # of `apply` with stochastic rounding (4 spill on sm_80) or 8-bit moments and 16-bit operands (sm_100)
 NORM_EPS = tl.constexpr(1e-8)  # beside |R_j| and beside the limiter's norm
 LIMITER_BLOCK, LIMITER_WARPS = 1024, 8  # 4 warps spill
 # The limiter's s^2 may be this much smaller than sum_j phi_j^2 |x_j|^2 before the residual is formed; the second number
 # where P is 16-bit and no Gram matrix is given: P^T P is then off by up to 2^-9.
 KAPPA = (1e3, 16.0)
-MOMENTS_BLOCKS = {False: (32, 64), True: (32, 32)}  # with a Gram matrix -> vectors, coordinates
+BLOCK = tl.constexpr(128)  # coordinates that share a scale of 8-bit moments
+# (8-bit moments, with a Gram matrix) -> vectors, coordinates, depth of R M, num_warps
+MOMENTS_CONFIGS = {
+    (False, False): (32, 64, 32, 4),
+    (False, True): (32, 32, 32, 4),
+    (True, False): (16, 128, 32, 4),
+    (True, True): (16, 128, 16, 8),
+}
 
 
 @triton.jit
@@ -60,15 +67,57 @@ def _normalized(b_m, b_v, eps, correction):
     return correction * (b_m / (tl.sqrt(b_v) + eps))
 
 
+# 8-bit moments, coded as in pyelastic.eager.fira: codes as float32, scales along the first dimension.
+@triton.jit
+def _decode_m(b, scale):
+    y = b / 127.0
+    return y * tl.abs(y) * scale
+
+
+@triton.jit
+def _decode_v(b, scale):
+    y = b / 255.0
+    return y * y * (y * y) * scale
+
+
+@triton.jit
+def _largest(b):
+    """The largest |b| of each row; NaN where one is, which tl.max would drop."""
+    bad = tl.sum(tl.where(b != b, 1.0, 0.0), axis=1)
+    return tl.where(bad > 0.0, float("nan"), tl.max(tl.where(b != b, 0.0, tl.abs(b)), axis=1))
+
+
+@triton.jit
+def _round(y):
+    """To the nearest integer, ties to even, for |y| < 2^22."""
+    return (y + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _encode_m(b, scale):
+    y = 127.0 * tl.sqrt(tl.abs(b) / tl.where(scale > 0.0, scale, 1.0))
+    y = _round(tl.minimum(tl.where(y == y, y, 0.0), 127.0))
+    return tl.where(b < 0.0, -y, y)
+
+
+@triton.jit
+def _encode_v(b, scale):
+    y = 255.0 * tl.sqrt(tl.sqrt(b / tl.where(scale > 0.0, scale, 1.0)))
+    y = _round(tl.minimum(tl.where(y == y, y, 0.0), 255.0))
+    return tl.where((b > 0.0) & (y < 1.0), 1.0, y)
+
+
 @triton.jit
 def moments(
     p_r, p_m, p_v,  # [L, r], strides s_rl, s_rr (all three alike)
+    p_m_scale, p_v_scale,  # [L, ceil(r / 128)], or anything if not EIGHT
     p_gram,  # [r, r], or anything if not HAS_GRAM
     p_stats,  # [4, L]: |R|^2, |N|^2, R^T M R go to rows 1, 2, 3
     p_scalars,  # gradient factor, correction of N, 1 if the step is skipped
     L, R, s_rl, s_rr, beta1, rest1, beta2, rest2, eps,
-    HAS_GRAM: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_GRAM: tl.constexpr, EIGHT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """EIGHT: moments are codes, and a tile is as wide as a block that shares a scale."""
     o_l = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     m_l = o_l < L
     factor, correction, skip = tl.load(p_scalars), tl.load(p_scalars + 1), tl.load(p_scalars + 2)
@@ -81,19 +130,33 @@ def moments(
             mask = m_l[:, None] & (o_n < R)[None, :]
             at = o_l[:, None] * s_rl + o_n[None, :] * s_rr
             b_r = factor * tl.load(p_r + at, mask=mask, other=0.0)
-            b_m = beta1 * tl.load(p_m + at, mask=mask, other=0.0).to(tl.float32) + rest1 * b_r
-            b_v = beta2 * tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32) + rest2 * (b_r * b_r)
+            b_m = tl.load(p_m + at, mask=mask, other=0).to(tl.float32)
+            b_v = tl.load(p_v + at, mask=mask, other=0).to(tl.float32)
+            scale = o_l * ((R + BLOCK - 1) // BLOCK) + k // BLOCK
+            if EIGHT:
+                b_m = _decode_m(b_m, tl.load(p_m_scale + scale, mask=m_l, other=0.0)[:, None])
+                b_v = _decode_v(b_v, tl.load(p_v_scale + scale, mask=m_l, other=0.0)[:, None])
+            b_m = beta1 * b_m + rest1 * b_r
+            b_v = beta2 * b_v + rest2 * (b_r * b_r)
+            if EIGHT:
+                top_m, top_v = _largest(b_m), _largest(b_v)
+                tl.store(p_m_scale + scale, top_m, mask=m_l)
+                tl.store(p_v_scale + scale, top_v, mask=m_l)
+                b_m, b_v = _encode_m(b_m, top_m[:, None]), _encode_v(b_v, top_v[:, None])
             s_m, s_v = b_m.to(p_m.dtype.element_ty), b_v.to(p_v.dtype.element_ty)
             tl.store(p_m + at, s_m, mask=mask)
             tl.store(p_v + at, s_v, mask=mask)
-            b_n = _normalized(s_m.to(tl.float32), s_v.to(tl.float32), eps, correction)
+            b_m, b_v = s_m.to(tl.float32), s_v.to(tl.float32)
+            if EIGHT:
+                b_m, b_v = _decode_m(b_m, top_m[:, None]), _decode_v(b_v, top_v[:, None])
+            b_n = _normalized(b_m, b_v, eps, correction)
             b_n = tl.where(mask, b_n, 0.0)  # eps may be 0
             r2 += tl.sum(b_r * b_r, axis=1)
             n2 += tl.sum(b_n * b_n, axis=1)
             if HAS_GRAM:
                 row = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
-                for j in range(0, R, BLOCK_N):
-                    o_j = j + tl.arange(0, BLOCK_N).to(tl.int64)
+                for j in range(0, R, BLOCK_K):
+                    o_j = j + tl.arange(0, BLOCK_K).to(tl.int64)
                     m_j = o_j < R
                     b_o = tl.load(p_r + o_l[:, None] * s_rl + o_j[None, :] * s_rr,
                                   mask=m_l[:, None] & m_j[None, :], other=0.0)  # fmt: skip
@@ -226,11 +289,11 @@ def apply(
     p_w, p_x,  # W and G as vectors [L, d], strides s_wl, s_wd and s_xl, s_xd
     p_rest,  # what rounding W cut off, strides s_el, s_ed; or anything if not HAS_REST
     p_p,  # [d, r]
-    p_r, p_m, p_v,  # [L, r]
+    p_r, p_m, p_v, p_m_scale, p_v_scale,  # as in `moments`
     p_f,  # [L]
     p_scalars,  # gradient factor, correction of N, 1 if the step is skipped, step size, 1 - lr wd, steps taken
     L, D, R, s_wl, s_wd, s_xl, s_xd, s_el, s_ed, s_pd, s_pr, s_rl, s_rr, eps, a_n, a_r, seed_low, seed_high,
-    BACK: tl.constexpr, HAS_REST: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BACK: tl.constexpr, EIGHT: tl.constexpr, HAS_REST: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     o_l = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -247,8 +310,12 @@ def apply(
                 mask = m_l[:, None] & (o_k < R)[None, :]
                 at = o_l[:, None] * s_rl + o_k[None, :] * s_rr
                 b_r = factor * tl.load(p_r + at, mask=mask, other=0.0)
-                b_m = tl.load(p_m + at, mask=mask, other=0.0).to(tl.float32)
-                b_v = tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32)
+                b_m = tl.load(p_m + at, mask=mask, other=0).to(tl.float32)
+                b_v = tl.load(p_v + at, mask=mask, other=0).to(tl.float32)
+                if EIGHT:  # a tile lies in one block of coordinates
+                    scale = o_l * ((R + BLOCK - 1) // BLOCK) + k // BLOCK
+                    b_m = _decode_m(b_m, tl.load(p_m_scale + scale, mask=m_l, other=0.0)[:, None])
+                    b_v = _decode_v(b_v, tl.load(p_v_scale + scale, mask=m_l, other=0.0)[:, None])
                 b_c = a_n * _normalized(b_m, b_v, eps, correction) - a_r * b_f[:, None] * b_r
                 b_c = tl.where(mask, b_c, 0.0).to(p_p.dtype.element_ty)
                 b_p = tl.load(p_p + o_d[None, :] * s_pd + o_k[:, None] * s_pr,

@@ -9,22 +9,106 @@ namespace {
 
 constexpr int kVectors = 32, kWarps = kFiraThreads / 32;
 
-// N from moments as stored.
-template <class M>
-__device__ __forceinline__ float normalized(const FiraMatrix& x, std::int64_t at, float eps, float correction) {
-  const float m = to_float(static_cast<const M*>(x.m)[at]), v = to_float(static_cast<const M*>(x.v)[at]);
+__device__ __forceinline__ float normalize(float m, float v, float eps, float correction) {
   return correction * (m / (sqrtf(v) + eps));
+}
+
+// 8-bit moments: coding as in csrc/cpu/fira.cpp; what is not finite has a scale that says so.
+struct Codes {};
+__device__ __forceinline__ float decode(std::int8_t code, float scale) {
+  const float y = static_cast<float>(code) / 127.0f;
+  return y * fabsf(y) * scale;
+}
+__device__ __forceinline__ float decode(std::uint8_t code, float scale) {
+  const float y = static_cast<float>(code) / 255.0f;
+  return y * y * (y * y) * scale;
+}
+__device__ __forceinline__ std::int8_t encode_m(float x, float scale) {
+  const float y = 127.0f * sqrtf(fabsf(x) / (scale > 0 ? scale : 1.0f));
+  return y == y ? static_cast<std::int8_t>(rintf(copysignf(fminf(y, 127.0f), x))) : std::int8_t{0};
+}
+__device__ __forceinline__ std::uint8_t encode_v(float x, float scale) {
+  const float y = rintf(255.0f * sqrtf(sqrtf(x / (scale > 0 ? scale : 1.0f))));
+  return y == y ? static_cast<std::uint8_t>(x > 0 && y < 1 ? 1.0f : fminf(y, 255.0f)) : std::uint8_t{0};
+}
+__host__ __device__ inline std::int64_t blocks_of(const FiraMatrix& x) { return (x.rank + kFiraBlock - 1) / kFiraBlock; }
+
+// N of coordinate `at`, of this vector, from moments as stored.
+template <class M>
+struct Normalized {
+  static __device__ __forceinline__ float of(const FiraMatrix& x, std::int64_t at, std::int64_t, float eps, float correction) {
+    return normalize(to_float(static_cast<const M*>(x.m)[at]), to_float(static_cast<const M*>(x.v)[at]), eps, correction);
+  }
+};
+template <>
+struct Normalized<Codes> {
+  static __device__ __forceinline__ float of(const FiraMatrix& x, std::int64_t at, std::int64_t vector, float eps,
+                                             float correction) {
+    const std::int64_t k = x.left ? at / x.columns : at - vector * x.rank;
+    const std::int64_t scale = vector * blocks_of(x) + k / kFiraBlock;
+    return normalize(decode(static_cast<const std::int8_t*>(x.m)[at], x.m_scale[scale]),
+                     decode(static_cast<const std::uint8_t*>(x.v)[at], x.v_scale[scale]), eps, correction);
+  }
+};
+
+// How a moment moves, in place.
+__device__ __forceinline__ void move(const FiraShared& s, float r, float& m, float& v) {
+  m = static_cast<float>(s.beta1) * m + static_cast<float>(1.0 - s.beta1) * r;
+  v = static_cast<float>(s.beta2) * v + static_cast<float>(1.0 - s.beta2) * (r * r);
 }
 
 template <class M>
 __device__ __forceinline__ float update(const FiraMatrix& x, std::int64_t at, float r, const FiraShared& s,
                                         float correction) {
   M *m = static_cast<M*>(x.m) + at, *v = static_cast<M*>(x.v) + at;
-  const float b1 = static_cast<float>(s.beta1), b2 = static_cast<float>(s.beta2);
-  const float c1 = static_cast<float>(1.0 - s.beta1), c2 = static_cast<float>(1.0 - s.beta2);
-  *m = from_float<M>(b1 * to_float(*m) + c1 * r);
-  *v = from_float<M>(b2 * to_float(*v) + c2 * (r * r));
-  return normalized<M>(x, at, s.eps, correction);
+  float new_m = to_float(*m), new_v = to_float(*v);
+  move(s, r, new_m, new_v);
+  *m = from_float<M>(new_m);
+  *v = from_float<M>(new_v);
+  return normalize(to_float(*m), to_float(*v), s.eps, correction);
+}
+
+// |R|^2, |N|^2 and R^T M R of a vector, or a lane's share of them.
+struct Squares {
+  float r2 = 0, n2 = 0, g2 = 0;
+  __device__ __forceinline__ void add(const FiraMatrix& x, const FiraShared& s, std::int64_t base, std::int64_t along,
+                                      std::int64_t k, float c, float r, float n) {
+    r2 += r * r;
+    n2 += n * n;
+    if (x.gram == nullptr || s.a_r == 0) return;
+    float row = 0;
+    for (std::int64_t l = 0; l < x.rank; ++l) row += x.gram[l * x.rank + k] * (c * x.r[base + l * along]);
+    g2 += r * row;
+  }
+};
+
+// On the right, from the lanes of a warp.
+__device__ __forceinline__ void store_right(const FiraMatrix& x, std::int64_t vector, Squares q) {
+  const std::int64_t vectors = vectors_of(x);
+  q = {warp_sum(q.r2), warp_sum(q.n2), warp_sum(q.g2)};
+  if (threadIdx.x % 32 != 0 || vector >= vectors) return;
+  x.stats[vectors + vector] = q.r2;
+  x.stats[2 * vectors + vector] = q.n2;
+  x.stats[3 * vectors + vector] = x.gram != nullptr ? q.g2 : q.r2;
+}
+
+// On the left, from the warps of a block, whose lanes are the vectors.
+__device__ __forceinline__ void store_left(const FiraMatrix& x, std::int64_t first, const Squares& q, float* sums) {
+  const std::int64_t vectors = vectors_of(x);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  sums[warp * kVectors + lane] = q.r2;
+  sums[(kWarps + warp) * kVectors + lane] = q.n2;
+  sums[(2 * kWarps + warp) * kVectors + lane] = q.g2;
+  __syncthreads();
+  if (threadIdx.x >= 3 * kVectors || first + lane >= vectors) return;
+  float total = 0;
+  for (int w = 0; w < kWarps; ++w) total += sums[(warp * kWarps + w) * kVectors + lane];
+  if (warp < 2 || x.gram != nullptr) x.stats[(1 + warp) * vectors + first + lane] = total;
+  if (warp == 0 && x.gram == nullptr) x.stats[3 * vectors + first + lane] = total;
+}
+
+__device__ __forceinline__ float correction_of_n(const FiraMatrix& x, const FiraShared& s) {
+  return (s.flags & kPaper) != 0 ? static_cast<float>(correction_of(s, *x.step + 1.0f)) : 1.0f;
 }
 
 // 32 vectors a block. On the right a warp takes four of them in turn, its lanes the coordinates; on the left the lanes are
@@ -37,48 +121,103 @@ __global__ void __launch_bounds__(kFiraThreads) moments(FiraGroup group, FiraSha
   const FiraMatrix& x = group.matrix[i_matrix];
   const std::int64_t first = (blockIdx.x - group.first[i_matrix]) * kVectors, vectors = vectors_of(x);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float c = factor_of(s);
-  const float correction = (s.flags & kPaper) != 0 ? static_cast<float>(correction_of(s, *x.step + 1.0f)) : 1.0f;
+  const float c = factor_of(s), correction = correction_of_n(x, s);
   const std::int64_t along = x.left ? vectors : 1;  // from one coordinate of a vector to the next
   for (int q = 0; q < (x.left ? 1 : kVectors / kWarps); ++q) {
     const std::int64_t vector = first + (x.left ? lane : warp * (kVectors / kWarps) + q);
-    float r2 = 0, n2 = 0, g2 = 0;
+    Squares squares;
     if (vector < vectors) {
       const std::int64_t base = x.left ? vector : vector * x.rank;
       for (std::int64_t k = x.left ? warp : lane; k < x.rank; k += x.left ? kWarps : 32) {
         const std::int64_t at = base + k * along;
-        const float r = c * x.r[at], n = update<M>(x, at, r, s, correction);
-        r2 += r * r;
-        n2 += n * n;
-        if (x.gram != nullptr && s.a_r != 0) {
-          float row = 0;
-          for (std::int64_t l = 0; l < x.rank; ++l) row += x.gram[l * x.rank + k] * (c * x.r[base + l * along]);
-          g2 += r * row;
-        }
+        const float r = c * x.r[at];
+        squares.add(x, s, base, along, k, c, r, update<M>(x, at, r, s, correction));
       }
     }
     if (x.left) {
-      sums[warp * kVectors + lane] = r2;
-      sums[(kWarps + warp) * kVectors + lane] = n2;
-      sums[(2 * kWarps + warp) * kVectors + lane] = g2;
-      continue;
-    }
-    r2 = warp_sum(r2);
-    n2 = warp_sum(n2);
-    g2 = warp_sum(g2);
-    if (lane == 0 && vector < vectors) {
-      x.stats[vectors + vector] = r2;
-      x.stats[2 * vectors + vector] = n2;
-      x.stats[3 * vectors + vector] = x.gram != nullptr ? g2 : r2;
+      store_left(x, first, squares, sums);
+    } else {
+      store_right(x, vector, squares);
     }
   }
-  if (!x.left) return;
+}
+
+// The largest of a block of 128 coordinates: on the right over a warp, on the left over the warps.
+template <bool kLeft>
+__device__ __forceinline__ float largest(float top, float* tops) {
+  if (!kLeft) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, offset));
+    return top;
+  }
+  tops[threadIdx.x] = top;
   __syncthreads();
-  if (threadIdx.x >= 3 * kVectors || first + lane >= vectors) return;
-  float total = 0;
-  for (int w = 0; w < kWarps; ++w) total += sums[(warp * kWarps + w) * kVectors + lane];
-  if (warp < 2 || x.gram != nullptr) x.stats[(1 + warp) * vectors + first + lane] = total;
-  if (warp == 0 && x.gram == nullptr) x.stats[3 * vectors + first + lane] = total;
+  for (int w = 0; w < kWarps; ++w) top = max_or_nan(top, tops[w * kVectors + threadIdx.x % 32]);
+  __syncthreads();  // tops may be used again at once
+  return top;
+}
+
+// The same with 8-bit moments of one vector a thread or a warp. A block of 128 coordinates is held in registers between
+// its largest value and its codes: 4 of its numbers a lane on the right, 16 a thread on the left.
+template <bool kLeft>
+__device__ __forceinline__ Squares update_codes(const FiraMatrix& x, const FiraShared& s, std::int64_t vector, float c,
+                                                float correction, float* tops) {
+  constexpr int kStep = kLeft ? kWarps : 32, kCount = kFiraBlock / kStep;
+  const int start = kLeft ? threadIdx.x / 32 : threadIdx.x % 32;
+  const std::int64_t vectors = vectors_of(x), blocks = blocks_of(x), along = kLeft ? vectors : 1;
+  const std::int64_t base = kLeft ? vector : vector * x.rank;
+  const bool inside = vector < vectors;
+  std::int8_t* m_codes = static_cast<std::int8_t*>(x.m);
+  std::uint8_t* v_codes = static_cast<std::uint8_t*>(x.v);
+  Squares squares;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t k0 = block * kFiraBlock + start, scale = vector * blocks + block;
+    const float m_old = inside ? x.m_scale[scale] : 0.0f, v_old = inside ? x.v_scale[scale] : 0.0f;
+    float m[kCount], v[kCount], m_top = 0, v_top = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const std::int64_t k = k0 + i * kStep, at = base + k * along;
+      m[i] = v[i] = 0;
+      if (!inside || k >= x.rank) continue;
+      m[i] = decode(m_codes[at], m_old);
+      v[i] = decode(v_codes[at], v_old);
+      move(s, c * x.r[at], m[i], v[i]);
+      m_top = max_or_nan(m_top, fabsf(m[i]));
+      v_top = max_or_nan(v_top, v[i]);
+    }
+    m_top = largest<kLeft>(m_top, tops);
+    v_top = largest<kLeft>(v_top, tops);
+    if (inside && start == 0) {  // all have read the old ones: on the right within the warp's shuffles
+      x.m_scale[scale] = m_top;
+      x.v_scale[scale] = v_top;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const std::int64_t k = k0 + i * kStep, at = base + k * along;
+      if (!inside || k >= x.rank) continue;
+      m_codes[at] = encode_m(m[i], m_top);
+      v_codes[at] = encode_v(v[i], v_top);
+      const float n = normalize(decode(m_codes[at], m_top), decode(v_codes[at], v_top), s.eps, correction);
+      squares.add(x, s, base, along, k, c, c * x.r[at], n);
+    }
+  }
+  return squares;
+}
+
+__global__ void __launch_bounds__(kFiraThreads) moments_8bit(FiraGroup group, FiraShared s) {
+  SHARED(float, sums, 3 * kWarps * kVectors);
+  SHARED(float, tops, kWarps * kVectors);
+  if (skipped(s)) return;
+  const int i_matrix = matrix_of_block(group);
+  const FiraMatrix& x = group.matrix[i_matrix];
+  const std::int64_t first = (blockIdx.x - group.first[i_matrix]) * kVectors;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float c = factor_of(s), correction = correction_of_n(x, s);
+  if (x.left) return store_left(x, first, update_codes<true>(x, s, first + lane, c, correction, tops), sums);
+  for (int q = 0; q < kVectors / kWarps; ++q) {
+    const std::int64_t vector = first + warp * (kVectors / kWarps) + q;
+    store_right(x, vector, update_codes<false>(x, s, vector, c, correction, tops));
+  }
 }
 
 // --- limiter ---
@@ -219,8 +358,8 @@ __global__ void __launch_bounds__(kFiraThreads) coefficients(FiraGroup group, Fi
   for (int e = 0; e < 4; ++e) {
     const std::int64_t at = begin + e * kFiraThreads;
     if (at >= count) return;
-    const float f = x.f[x.left ? at % vectors : at / x.rank];
-    const float n = normalized<M>(x, at, s.eps, correction);
+    const std::int64_t vector = x.left ? at % vectors : at / x.rank;
+    const float f = x.f[vector], n = Normalized<M>::of(x, at, vector, s.eps, correction);
     static_cast<C*>(x.c)[at] = from_float<C>(s.a_n * n - s.a_r * f * (c * x.r[at]));
   }
 }
@@ -229,7 +368,9 @@ __global__ void __launch_bounds__(kFiraThreads) coefficients(FiraGroup group, Fi
 void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& s, Stream stream) {
   const FiraGroup group = make_group(matrices, count, [](const FiraMatrix& x) { return ceil_div(vectors_of(x), kVectors); });
   if (grid(group) == 0) return;
-  if (s.moment_dtype == Dtype::bfloat16) {
+  if (matrices[0].m_scale != nullptr) {
+    LAUNCH((moments_8bit), grid(group), kFiraThreads, 0, stream, group, s);
+  } else if (s.moment_dtype == Dtype::bfloat16) {
     LAUNCH((moments<__nv_bfloat16>), grid(group), kFiraThreads, 0, stream, group, s);
   } else {
     LAUNCH((moments<float>), grid(group), kFiraThreads, 0, stream, group, s);
@@ -270,6 +411,7 @@ void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& 
       LAUNCH((coefficients<M, __half>), grid(group), kFiraThreads, 0, stream, group, s);
     }
   };
+  if (matrices[0].m_scale != nullptr) return launch(As<Codes>{});
   if (s.moment_dtype == Dtype::bfloat16) return launch(As<__nv_bfloat16>{});
   launch(As<float>{});
 }

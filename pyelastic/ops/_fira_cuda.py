@@ -70,15 +70,16 @@ def step_(
                 steps[i].add_(1 if found_inf is None else (found_inf <= 0).to(steps[i].dtype))
         entries = [i for i, p in enumerate(params) if p.numel()]
         prepared = {
-            i: _Matrix(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], projectors[i], grams, limiter_norms[i],
-                       steps[i], remainders, left[i], seeds[i], i)
+            i: _Matrix(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], moment_scales[2 * i : 2 * i + 2],
+                       projectors[i], grams, limiter_norms[i], steps[i], remainders, left[i], seeds[i], i)
             for i in entries
         }  # fmt: skip
         for mma in (True, False):
             chosen = [x for x in prepared.values() if x.mma == mma]
             for first in range(0, len(chosen), GROUP):
                 part = chosen[first : first + GROUP]
-                head = (DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], lr.data_ptr(), *map(pointer, numbers))
+                kinds = (DTYPES[params[0].dtype], DTYPES.get(exp_avgs[0].dtype, 0))  # 8-bit: told by the scales
+                head = (*kinds, lr.data_ptr(), *map(pointer, numbers))
                 group = [x.descriptor() for x in part]
                 for kernel in kernels:
                     getattr(module, f"cuda_fira_{kernel}")(group, (head, scalars, flags, mma), stream)
@@ -90,10 +91,11 @@ class _Matrix:
     """Pointers, sizes and scratch of one matrix; what is not laid out for the kernels is stepped in a copy."""
 
     def __init__(
-        self, w: Tensor, g: Tensor, m: Tensor, v: Tensor, p: Tensor, grams: Sequence[Tensor], norm: Tensor,
-        step: Tensor, remainders: Sequence[Tensor], left: bool, seed: int, i: int,
+        self, w: Tensor, g: Tensor, m: Tensor, v: Tensor, scales: Sequence[Tensor], p: Tensor, grams: Sequence[Tensor],
+        norm: Tensor, step: Tensor, remainders: Sequence[Tensor], left: bool, seed: int, i: int,
     ) -> None:  # fmt: skip
-        self.originals = [w, m, v] + ([remainders[i]] if remainders else [])
+        self.originals = [w, m, v, *scales] + ([remainders[i]] if remainders else [])
+        self.scaled = bool(scales)
         self.work = [x if x.is_contiguous() else x.contiguous() for x in self.originals]
         if w.stride(1) == 1:
             self.work[0] = w
@@ -117,8 +119,9 @@ class _Matrix:
 
     def descriptor(self) -> tuple[list[int], list[int], int, bool]:
         w, m, v, *rest = self.work
-        tensors = (w, self.g, self.p, self.r, self.c, m, v, self.gram, rest[0] if rest else None, self.stats, self.f,
-                   self.scalars, self.norm, self.step)  # fmt: skip
+        m_scale, v_scale = (rest.pop(0), rest.pop(0)) if self.scaled else (None, None)
+        tensors = (w, self.g, self.p, self.r, self.c, m, v, m_scale, v_scale, self.gram, rest[0] if rest else None,
+                   self.stats, self.f, self.scalars, self.norm, self.step)  # fmt: skip
         sizes = [self.rows, self.columns, self.rank, self.g.stride(0), w.stride(0)]
         return [pointer(x) for x in tensors], sizes, self.seed, self.left
 

@@ -79,8 +79,10 @@ def step_(
             rank = p.shape[1] if side else p.shape[0]
             vectors, dim = (w.shape[1], w.shape[0]) if side else w.shape
             p_strides = (p.stride(0), p.stride(1)) if side else (p.stride(1), p.stride(0))
-            m = m if m.is_contiguous() else m.contiguous()
-            v = v if v.is_contiguous() else v.contiguous()
+            originals = [m, v, *moment_scales[2 * i : 2 * i + 2]]
+            m, v, *scales = work = [x if x.is_contiguous() else x.contiguous() for x in originals]
+            eight = bool(scales)
+            m_scale, v_scale = scales or (m, v)
             r = torch.empty_like(m, dtype=torch.float32)
             r_strides = _vectors(r, side)
             stats = torch.empty(4, vectors, device=device)
@@ -92,10 +94,11 @@ def step_(
                 grads[i], p, r, stats, vectors, dim, rank, *x_strides, *p_strides, *r_strides, **blocks, **options
             )
             gram = grams[i].float().contiguous() if grams and grams[i].numel() and a_r != 0 else None
-            moments_l, moments_n = kernels.MOMENTS_BLOCKS[gram is not None]
+            moments_l, moments_n, moments_k, moments_warps = kernels.MOMENTS_CONFIGS[eight, gram is not None]
             kernels.moments[(triton.cdiv(vectors, moments_l),)](
-                r, m, v, r if gram is None else gram, stats, scalars, vectors, rank, *r_strides, beta1, 1.0 - beta1,
-                beta2, 1.0 - beta2, eps, HAS_GRAM=gram is not None, BLOCK_L=moments_l, BLOCK_N=moments_n, num_warps=4,
+                r, m, v, m_scale, v_scale, r if gram is None else gram, stats, scalars, vectors, rank, *r_strides,
+                beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, HAS_GRAM=gram is not None, EIGHT=eight,
+                BLOCK_L=moments_l, BLOCK_N=moments_n, BLOCK_K=moments_k, num_warps=moments_warps,
             )  # fmt: skip
             f = torch.zeros(vectors, device=device)
             if a_s != 0:
@@ -117,18 +120,18 @@ def step_(
                         stats, f, scalars, limiter_norms[i], vectors, *numbers, EXACT=True, **choices
                     )  # fmt: skip
             stochastic = bool(flags & Flags.STOCHASTIC)
-            if stochastic:
-                options["num_warps"] = kernels.STOCHASTIC_WARPS
+            if stochastic or (eight and w.itemsize == 2):
+                options["num_warps"] = kernels.WIDE_WARPS
             rest = remainders[i] if remainders else None
             # Where an element lies in W counts for the noise, and is the layout of the remainder.
             rest_strides = (1, w.shape[1]) if side else (w.shape[1], 1)
             kernels.apply[(triton.cdiv(vectors, block_l), triton.cdiv(dim, block_n))](
-                w, grads[i], w if rest is None else rest, p, r, m, v, f, scalars, vectors, dim, rank,
+                w, grads[i], w if rest is None else rest, p, r, m, v, m_scale, v_scale, f, scalars, vectors, dim, rank,
                 *_vectors(w, side), *x_strides, *rest_strides, *p_strides, *r_strides, eps, a_n, a_r,
                 seeds[i] & 0xFFFFFFFF, (seeds[i] >> 32) & 0xFFFFFFFF, BACK=a_n != 0 or (a_r != 0 and a_s != 0),
-                HAS_REST=rest is not None, STOCHASTIC=stochastic, **blocks, **options,
+                EIGHT=eight, HAS_REST=rest is not None, STOCHASTIC=stochastic, **blocks, **options,
             )  # fmt: skip
-            for original, copy in ((exp_avgs[i], m), (exp_avg_sqs[i], v)):
+            for original, copy in zip(originals, work, strict=True):
                 if copy is not original:
                     original.copy_(copy)
             steps[i].copy_(torch.where(skip, steps[i], taken))

@@ -297,8 +297,6 @@ def _cpu_why_not(call: Call) -> str | None:
 
 
 def _gpu_why_not(call: Call) -> str | None:
-    if call.state_dtype in (torch.int8, torch.uint8):
-        return "moments are 8-bit; this kernel takes float32 and bfloat16 (8-bit moments: backends 'cpu' and 'eager')"
     return _dispatch.unsupported_dtype(call, DTYPES[:3])
 
 

@@ -16,7 +16,6 @@ from fira_cases import Problem, accuracy, dequantized, over_backends, over_kerne
 from layouts import KINDS, lay
 
 import pyelastic
-from pyelastic import _dispatch
 from pyelastic.eager import fira as eager
 from pyelastic.ops import fira as ops
 
@@ -113,13 +112,8 @@ def test_layouts(backend: str, left: bool, dtype: torch.dtype, kind: str) -> Non
 ])  # fmt: skip
 def test_small_moments(backend: str, left: bool, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     """Against eager on the same stored moments: they round alike but where R differs in the last bits."""
-    given = problem(40, 160, 30, left, dtype, state_dtype=state_dtype) if left else problem(
-        160, 40, 30, left, dtype, state_dtype=state_dtype
-    )  # fmt: skip
-    call = ops._make_call([given.w], [given.g], [given.state])
-    reason = _dispatch.registry()["fira"][backend].why_not(call) if backend not in ("eager",) else None
-    if reason is not None and not backends.GPU and "8-bit" in reason:
-        pytest.skip(reason)
+    m, n = (40, 160) if left else (160, 40)
+    given = problem(m, n, 30, left, dtype, state_dtype=state_dtype)
     half = accuracy(backend, dtype)["half"]
     want = given.clone()
     run("eager", want)
@@ -137,6 +131,50 @@ def test_small_moments(backend: str, left: bool, dtype: torch.dtype, state_dtype
         a, b = (getattr(x.state, name).double() for x in (got, want))
         assert float((a - b).norm() / b.norm()) < unit / 8, name
     assert float((got.w.double() - want.w.double()).norm() / (want.w - given.w).double().norm()) < unit
+
+
+@over_backends
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(("rank", "seen"), [(128, 5), (130, 5), (300, 0)])
+@pytest.mark.parametrize("mode", ["official", "paper"])
+def test_blocks_of_8_bit_moments(backend: str, left: bool, rank: int, seen: int, mode: str) -> None:
+    """Several blocks a vector, the last of them short; from nothing, too: all codes zero, all scales zero."""
+    m, n = (310, 37) if left else (37, 310)
+    given = problem(m, n, rank, left, state_dtype=torch.int8, seen=seen, mode=mode, gram=rank == 130)
+    want, got = given.clone(), given.clone(device=backends.device_of(backend))
+    run("eager", want)
+    run(backend, got)
+    got = got.clone(device="cpu")
+    assert got.state.moment_scales is not None and want.state.moment_scales is not None
+    for a, b in zip(got.state.moment_scales, want.state.moment_scales, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        off = (getattr(got.state, name).int() - getattr(want.state, name).int()).abs()
+        assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.02, name
+    moved = (want.w - given.w).double().norm()
+    assert float((got.w.double() - want.w.double()).norm() / moved) < 2.0**-6
+    assert float(got.state.limiter_norm) == pytest.approx(float(want.state.limiter_norm), rel=2e-3)
+
+
+@over_backends
+@pytest.mark.parametrize("left", [False, True])
+def test_8_bit_moments_that_are_not_finite_show(backend: str, left: bool) -> None:
+    """In the scales of their own block: the codes of a block cannot say it."""
+    m, n = (180, 20) if left else (20, 180)
+    given = problem(m, n, 140, left, state_dtype=torch.int8)
+    given.g[(7, 3) if left else (3, 7)] = float("nan")
+    got = given.clone(device=backends.device_of(backend))
+    run(backend, got)
+    assert got.state.moment_scales is not None
+    for scale in got.state.moment_scales:
+        bad = ~scale.cpu().isfinite()
+        assert bad[3].all() and int(bad.sum()) == 2
+    skipped = given.clone(device=backends.device_of(backend))
+    run(backend, skipped, found_inf=torch.tensor(1.0, device=skipped.w.device))
+    assert skipped.state.moment_scales is not None and given.state.moment_scales is not None
+    kept, before = ((*s[:2], *(s.moment_scales or ())) for s in (skipped.state, given.state))
+    for a, b in zip(kept, before, strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("signed", [True, False])
