@@ -17,6 +17,7 @@ from layouts import KINDS, lay
 
 import pyelastic
 from pyelastic.eager import fira as eager
+from pyelastic.ops import _fira_triton as triton_launcher
 from pyelastic.ops import fira as ops
 
 OPTIONS: list[dict[str, Any]] = [
@@ -248,6 +249,7 @@ def test_compensated_weights_carry_what_rounding_cut(backend: str, dtype: torch.
 def test_many_matrices_are_each_stepped_alone(backend: str) -> None:
     """Grouped: shapes, sides and ranks in any mix, an empty one among them, give the bits of one call each."""
     specs = [(40, 24, 6, False), (17, 70, 3, True), (5, 5, 5, False), (0, 8, 2, False), (130, 33, 9, False)]
+    specs += [(48, 80, 16, True), (96, 32, 16, False), (32, 32, 16, False)]
     group = [problem(m, n, min(r, max(m, n)), left, seed=i) for i, (m, n, r, left) in enumerate(specs)]
     device = backends.device_of(backend)
     together, alone = ([p.clone(device=device) for p in group] for _ in range(2))
@@ -257,6 +259,57 @@ def test_many_matrices_are_each_stepped_alone(backend: str) -> None:
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a.w, b.w) and torch.equal(a.state.exp_avg, b.state.exp_avg)
         assert float(a.state.step) == float(b.state.step) == 6
+
+
+@over_backends
+def test_more_matrices_than_one_launch_takes(backend: str) -> None:
+    """16 on cuda, 64 on triton."""
+    group = [problem(6, 4, 2, bool(i % 3), seed=i, alpha=1.0, gram=i % 2 == 0) for i in range(150)]
+    together = [p.clone(device=backends.device_of(backend)) for p in group]
+    run(backend, *together)
+    for i in (0, 1, 63, 64, 100, 149):
+        alone = group[i].clone(device=backends.device_of(backend))
+        run(backend, alone)
+        assert torch.equal(alone.w, together[i].w) and torch.equal(alone.state.exp_avg, together[i].state.exp_avg)
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="counts what the interpreter launches")
+@pytest.mark.parametrize(("alpha", "count"), [(0.25, 8), (1.0, 12)])
+def test_triton_launches_a_group_at_once(alpha: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve matrices of two sides: four launches a side, six near a_r = 1."""
+    from triton.runtime import interpreter
+
+    launches = []
+    call = interpreter.GridExecutor.__call__
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        launches.append(self.fn.__name__)
+        call(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    run("triton", *(problem(8, 8, 4, bool(i % 2), seed=i) for i in range(12)), alpha=alpha)
+    assert len(launches) == count, launches
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="looks into the launcher")
+@pytest.mark.parametrize("left", [False, True])
+def test_triton_vouches_for_no_alignment_that_is_not_there(left: bool) -> None:
+    """One size, stride or address off, and the matrix is not among the aligned; the interpreter checks the hints."""
+    m, n = (48, 64) if left else (64, 48)
+    for change, aligned in (("", True), ("rank", False), ("size", False), ("stride", False), ("address", False)):
+        given = problem(m + (change == "size"), n, 16 + (change == "rank"), left)
+        if change == "stride":
+            given.g = torch.cat([given.g, given.g[:, :1]], 1)[:, :n]
+        if change == "address":
+            given.g = torch.cat([given.g.flatten(), given.g.new_zeros(1)])[1:].view_as(given.g)
+        s = given.state
+        state = [s.exp_avg, s.exp_avg_sq]
+        made = triton_launcher._Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
+        assert made.aligned == aligned, change
+        got = given.clone()
+        got.g = given.g
+        run("triton", got)
+        check("triton", given, got)
 
 
 @over_kernels
