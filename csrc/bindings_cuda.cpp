@@ -112,16 +112,16 @@ void bind_margin_softmax(py::module_& m) {
         }, nogil);
 }
 
-// (w, g, p, r, c, m, v, gram, remainder, stats, f, scalars, limiter_norm, step), (rows, columns, rank, g_stride,
+// (w, g, p, r, c, m, v, m_scale, v_scale, gram, remainder, stats, f, scalars, limiter_norm, step), (rows, columns, rank, g_stride,
 // w_stride), seed, left
-using FiraMatrix = std::tuple<std::array<Pointer, 14>, std::array<Int, 5>, std::uint64_t, bool>;
+using FiraMatrix = std::tuple<std::array<Pointer, 16>, std::array<Int, 5>, std::uint64_t, bool>;
 pyelastic::cuda::FiraMatrix matrix(const FiraMatrix& x) {
   const auto& [p, size, seed, left] = x;
   return {as<void>(p[0]),  as<const void>(p[1]), as<const void>(p[2]),  as<float>(p[3]), as<void>(p[4]),
-          as<void>(p[5]),  as<void>(p[6]),       as<const float>(p[7]), as<void>(p[8]),  as<float>(p[9]),
-          as<float>(p[10]), as<float>(p[11]),    as<float>(p[12]),      as<float>(p[13]), size[0],
-          size[1],         size[2],              size[3],               size[4],         seed,
-          left};
+          as<void>(p[5]),  as<void>(p[6]),       as<float>(p[7]),       as<float>(p[8]), as<const float>(p[9]),
+          as<void>(p[10]), as<float>(p[11]),     as<float>(p[12]),      as<float>(p[13]), as<float>(p[14]),
+          as<float>(p[15]), size[0],             size[1],               size[2],         size[3],
+          size[4],         seed,                 left};
 }
 
 // (dtype, moment_dtype, lr, grad_factor, found_inf), (beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s), flags, mma
@@ -148,6 +148,8 @@ void bind_fira(py::module_& m) {
   def("cuda_fira_project", pyelastic::cuda::fira_project);
   def("cuda_fira_moments", pyelastic::cuda::fira_moments);
   def("cuda_fira_limiter", pyelastic::cuda::fira_limiter);
+  def("cuda_fira_residual", pyelastic::cuda::fira_residual);
+  def("cuda_fira_limiter_exact", pyelastic::cuda::fira_limiter_exact);
   def("cuda_fira_coefficients", pyelastic::cuda::fira_coefficients);
   def("cuda_fira_apply", pyelastic::cuda::fira_apply);
 }

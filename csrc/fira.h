@@ -29,6 +29,9 @@ namespace pyelastic {
 // m: int8, 127 sign(x) sqrt(|x| / a); v: uint8, 255 (x / a)^(1/4), at least 1 where x > 0.
 constexpr std::int64_t kFiraBlock = 128;
 constexpr double kFiraNormEps = 1e-8;
+// GPUs: beyond this kappa (FiraLimiter) the residual is formed. The smaller one where P is 16-bit and no gram is given:
+// P^T P is then off by up to 2^-9.
+constexpr double kFiraKappa = 1e3, kFiraKappaRounded = 16;
 
 struct FiraMoments {
   void *m, *v;                // of `dtype`, or int8 and uint8 when m_scale is given
@@ -113,21 +116,23 @@ extern const FiraProducts fira_products;
 // --- CUDA -----------------------------------------------------------------------------------------------
 //
 // The same step for up to kFiraGroup matrices at once, launched by pyelastic/ops/_fira_cuda.py in this order: project,
-// moments, limiter, coefficients, apply. Descriptors travel as kernel arguments, so a launch can be captured in a CUDA
-// graph; nothing synchronises, no atomics, sums in a fixed order. There is no exact fallback for the limiter's norm: near
-// a_r = 1 give `gram`.
+// moments, limiter, coefficients, apply; near a_r = 1 residual and limiter_exact follow the limiter, which has marked in
+// `scalars` the matrices whose q cancelled, and do nothing for the others. Descriptors travel as kernel arguments, so a
+// launch can be captured in a CUDA graph; nothing synchronises, no atomics, sums in a fixed order.
 namespace cuda {
 
 using Stream = void*;
 constexpr int kFiraGroup = 16;
 
 // One matrix. Scratch: r [L, r] float in the moments' layout, c the same in the operand type (the matrix units) or r
-// itself, stats [4, L] (|x|^2, |R|^2, |N|^2, R^T M R), f [L], scalars [4] (step size, keep, 1 = skip, unused).
+// itself, stats [4, L] (|x|^2, then |S_j|^2 / phi_j^2 if formed; |R|^2, |N|^2, R^T M R), f [L], scalars [5] (step size, keep,
+// 1 = form the residual, steps taken, the limiter's norm before).
 struct FiraMatrix {
   void* w;
   const void *g, *p;
   float* r;
   void *c, *m, *v;
+  float *m_scale, *v_scale;  // of 8-bit moments (FiraMoments), as all of a call are; or null
   const float* gram;  // or null
   void* remainder;    // or null
   float *stats, *f, *scalars, *limiter_norm, *step;
@@ -136,7 +141,7 @@ struct FiraMatrix {
   bool left;
 };
 
-// What a call's matrices share. p, g, w have `dtype`; moments are float32 or bfloat16. grad_factor, found_inf: null or a
+// What a call's matrices share. p, g, w have `dtype`; moments are float32, bfloat16 or 8-bit. grad_factor, found_inf: null or a
 // number on the device.
 struct FiraShared {
   Dtype dtype, moment_dtype;
@@ -151,6 +156,8 @@ struct FiraShared {
 void fira_project(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_limiter(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_residual(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
+void fira_limiter_exact(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_apply(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 

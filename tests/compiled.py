@@ -58,7 +58,7 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
 
     module, name = request["kernel"].split(":")
     kernel = getattr(importlib.import_module(module), name)
-    dtypes = {name: getattr(triton.language, name) for name in ("float16", "bfloat16", "float32")}
+    dtypes = {name: getattr(triton.language, name) for name in ("float16", "bfloat16", "float32", "int8")}
     constants = {k: dtypes.get(v, v) if isinstance(v, str) else v for k, v in request["constants"].items()}
     signature = {p: "constexpr" if p in constants else request["signature"][p] for p in kernel.arg_names}
     multiples = request.get("multiples_of_16", ())

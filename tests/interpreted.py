@@ -6,9 +6,11 @@
   computes on the bits as if they were integers, and truncates);
 - tf32: operands of a float32 ``tl.dot`` are cut short unless ``input_precision="ieee"``;
 - ``tl.device_assert`` fires, and with it Triton's own check of int32 overflow;
-- every lane of every load, store and atomic must lie inside a tensor that is an argument of the launch;
+- every lane of every load, store and atomic must lie inside a tensor that is an argument of the launch, or that an
+  argument's attribute `points_to` lists (a table of addresses);
 - races: within one launch no program may touch what another program writes, unless both do so by atomics; two lanes of
   one store may not put different values in one place;
+- a number or address that `tl.multiple_of` vouches for is such a multiple;
 - grids are those that CUDA can launch; programs run in a seeded random order.
 """
 
@@ -29,6 +31,7 @@ PATCHED = {
               "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_assert", "set_grid_idx",
               "set_grid_dim"),
     interpreter.ReduceOps: ("sum", "min_max"),
+    interpreter.TensorHandle: ("set_attr",),
     interpreter.GridExecutor: ("_init_args_hst", "__call__"),
     interpreter.InterpretedFunction: ("__call__",),
 }  # fmt: skip
@@ -53,6 +56,10 @@ class DeviceAssert(CheckedError):
 
 
 class GridTooLarge(CheckedError):
+    pass
+
+
+class Misaligned(CheckedError):
     pass
 
 
@@ -290,6 +297,12 @@ def _atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -
     return _original[BUILDER, "create_atomic_cas"](self, ptr, cmp, val, sem, scope)
 
 
+def _set_attr(self: Any, key: str, value: Any) -> None:
+    if key == "tt.divisibility" and self.data.size == 1 and int(self.data.ravel()[0]) % int(value[0]):
+        raise Misaligned(f"multiple_of: {int(self.data.ravel()[0])} is no multiple of {int(value[0])}")
+    _original[interpreter.TensorHandle, "set_attr"](self, key, value)
+
+
 def _assert(self: Any, condition: Any, message: str) -> None:
     if not np.all(condition.data if hasattr(condition, "data") else condition):
         raise DeviceAssert(f"device_assert: {message}")
@@ -321,7 +334,10 @@ def _device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _init_args(self: Any, args: Any, kwargs: Any) -> Any:
     on_host = _original[interpreter.GridExecutor, "_init_args_hst"](self, args, kwargs)
-    _launch.begin([x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, torch.Tensor)])
+    tensors = [x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, torch.Tensor)]
+    for x in (*args, *kwargs.values()):  # a table of addresses names the tensors that they lie in
+        tensors += getattr(x, "points_to", ())
+    _launch.begin(tensors)
     return on_host
 
 
@@ -339,6 +355,7 @@ _REPLACEMENTS: dict[Any, Any] = {
     "create_fma": _fma, "create_dot": _dot, "create_masked_load": _masked_load, "create_masked_store": _masked_store,
     "create_atomic_rmw": _atomic_rmw, "create_atomic_cas": _atomic_cas, "create_assert": _assert,
     "set_grid_idx": _set_grid_idx, "set_grid_dim": _set_grid_dim, "sum": _reduce("sum"), "min_max": _reduce("min_max"),
+    "set_attr": _set_attr,
     "_init_args_hst": _init_args, (interpreter.GridExecutor, "__call__"): _call,
     (interpreter.InterpretedFunction, "__call__"): _device_call,
 }  # fmt: skip

@@ -51,6 +51,23 @@ def test_gather_out_of_range(label):
         kernels.gather[(1,)](x, index, y, 8, BLOCK=8)
 
 
+def test_addresses_from_a_table():
+    """A table names what its addresses lie in; all else is foreign, and alignment that is vouched for is checked."""
+    x, y = torch.randn(N), torch.zeros(N)
+    table = torch.tensor([x.data_ptr(), y.data_ptr()])
+    with raises(checked.OutOfBounds, "load out of bounds: 100 lanes"):
+        kernels.through_table[(1,)](table, N, 4, BLOCK=128)
+    table.points_to = [x, y]
+    kernels.through_table[(1,)](table, N, 4, BLOCK=128)
+    assert torch.equal(x, y)
+    with raises(checked.OutOfBounds, "store out of bounds: 4 lanes"):
+        table[1] += 16
+        kernels.through_table[(1,)](table, N, 4, BLOCK=128)
+    with raises(checked.Misaligned, "multiple_of: .* is no multiple of 64"):
+        table[0] += 4
+        kernels.through_table[(1,)](table, N, 64, BLOCK=128)
+
+
 def test_overlapping_stores():
     x, y = torch.randn(6, N), torch.empty(6)
     kernels.row_sums[(6,)](x, y, N, 0, BLOCK=128)

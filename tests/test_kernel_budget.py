@@ -20,7 +20,9 @@ pytestmark = [
 BUDGET = json.loads(kernel_budget.BUDGET.read_text())
 # Kernels that are GEMMs; the others must not be forced to contain any.
 MATRIX = ("accumulate_tile", "gradient_tile", "gemm", "triton forward", "triton grad", "triton gradient_tile")
-MATRIX += ("project_mma", "apply_mma", "triton fira project", "triton fira apply", "triton fira moments gram")
+MATRIX += ("project_mma", "apply_mma")
+FIRA = ("project", "apply", "moments gram", "moments 8-bit gram", "residual")
+MATRIX += tuple(f"triton fira {stem}" for stem in FIRA)
 MATRIX += ("maxsim forward", "maxsim smooth_", "maxsim grad_documents")
 MATRIX += ("cuda sweep<Mma", "projection_linear_mma", "triton projection linear")
 MATRIX += tuple(f"norm_linear_attention {stem}" for stem in ("state", "forward", "grad_"))

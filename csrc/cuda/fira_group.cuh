@@ -34,6 +34,8 @@ FiraGroup make_group(const FiraMatrix* matrices, int count, Blocks blocks) {
   return group;
 }
 
+inline unsigned grid(const FiraGroup& group) { return static_cast<unsigned>(group.first[group.count]); }
+
 __device__ __forceinline__ int matrix_of_block(const FiraGroup& group) {
   int i = 0;
   while (i + 1 < group.count && static_cast<std::int64_t>(blockIdx.x) >= group.first[i + 1]) ++i;
@@ -61,6 +63,14 @@ struct Strided {
     return row < rows && k < depth ? to_float(data[row * row_stride + k * k_stride]) : 0.0f;
   }
 };
+
+// X of a matrix.
+template <class T>
+__device__ __forceinline__ Strided<T> vectors_operand(const FiraMatrix& x) {
+  const T* g = static_cast<const T*>(x.g);
+  if (x.left) return {g, x.columns, x.rows, 1, x.g_stride};
+  return {g, x.rows, x.columns, x.g_stride, 1};
+}
 
 // acc = the 64 x 64 tile at (m0, n0) of A B^T in float32 without matrix units: a thread owns rows 4 (t / 16) + i and columns
 // t % 16 + 16 j. look(A's buffer [16][64]) is called once a step. Ends with a barrier.

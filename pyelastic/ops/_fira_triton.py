@@ -1,22 +1,24 @@
-"""Launcher of fira's Triton kernels (triton_kernels/fira.py): strides, scratch, the [L]-sized limiter, and grids.
+"""Launcher of fira's Triton kernels (triton_kernels/fira.py): groups of matrices, their tables, scratch and grids.
 
-Nothing here synchronises. Matrices of a call are stepped one after the other.
+Matrices of one side and one alignment are stepped together, up to GROUP in four launches, or six where the limiter's
+norm may have to be formed directly. Nothing here synchronises: a group's table goes to the device by one asynchronous
+copy from pinned memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyelastic.eager.fira import NORM_EPS, Flags, limit
+from pyelastic.eager.fira import Flags
+from pyelastic.ops._fira_cuda import may_cancel
 
-
-def _vectors(x: Tensor, left: bool) -> tuple[int, int]:
-    """Strides of x along vectors and along coordinates."""
-    return (x.stride(1), x.stride(0)) if left else (x.stride(0), x.stride(1))
+NEVER = 1 << 62  # the first program of a matrix that is not there
 
 
 def step_(
@@ -46,88 +48,165 @@ def step_(
     flags: int,
 ) -> None:
     """The raw op ``fira_step.triton``."""
-    if not params:
+    from pyelastic.triton_kernels import fira as kernels
+
+    groups: dict[tuple[bool, bool, bool], list[_Matrix]] = {}
+    for i, w in enumerate(params):
+        if w.numel() == 0:
+            steps[i].add_(1 if found_inf is None else (found_inf.view(()) <= 0).to(steps[i].dtype))
+            continue
+        gram = grams[i] if grams and grams[i].numel() and a_r != 0 else None
+        state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
+        matrix = _Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seeds[i])
+        groups.setdefault((matrix.left, matrix.aligned, gram is not None), []).append(matrix)
+    if not groups:
         return
-    import triton
+    device = params[0].device
+    factor, inf = (None if x is None else x.to(torch.float32) for x in (grad_factor, found_inf))
+    numbers = (beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for (side, aligned, has_gram), matrices in groups.items():
+            for first in range(0, len(matrices), kernels.GROUP):
+                part = matrices[first : first + kernels.GROUP]
+                options = {
+                    "LEFT": side, "ALIGNED": aligned, "HAS_GRAM": has_gram, "HAS_REST": bool(remainders),
+                    "EIGHT": bool(moment_scales), "HAS_FACTOR": factor is not None, "HAS_INF": inf is not None,
+                }  # fmt: skip
+                exact = may_cancel(a_r, a_s, grams)
+                _launch(part, options, (lr if factor is None else factor, lr if inf is None else inf, lr), numbers,
+                        Flags(flags), exact)  # fmt: skip
+                for matrix in part:
+                    matrix.finish()
+
+
+class _Matrix:
+    """Pointers and sizes of one matrix; what is not laid out for the kernels is stepped in a copy.
+
+    ``state``: both moments, their scales if they are 8-bit, the remainder if there is one.
+    """
+
+    def __init__(
+        self, w: Tensor, g: Tensor, p: Tensor, state: list[Tensor], gram: Tensor | None, norm: Tensor, step: Tensor,
+        left: bool, seed: int,
+    ) -> None:  # fmt: skip
+        self.originals = [w, *state]
+        self.work = [x if x.is_contiguous() else x.contiguous() for x in self.originals]
+        if w.stride(1) == 1:
+            self.work[0] = w
+        self.g = g if g.stride(1) == 1 else g.contiguous()
+        self.p = p.to(w.dtype).contiguous()
+        self.gram = None if gram is None else gram.float().contiguous()
+        self.norm, self.step, self.left, self.seed = norm, step, left, seed
+        self.rank = p.shape[1] if left else p.shape[0]
+        self.vectors, self.dim = (w.shape[1], w.shape[0]) if left else w.shape
+        self.strides = (self.work[0].stride(0), self.g.stride(0))
+        read = [*self.work, self.g, self.p, *([] if self.gram is None else [self.gram])]
+        sizes = (self.vectors, self.dim, self.rank, *self.strides)
+        self.aligned = all(n % 16 == 0 for n in sizes) and all(x.data_ptr() % 16 == 0 for x in read)
+
+    def scratch(self) -> tuple[int, ...]:
+        """Floats of R, stats, f and the scalars, each a multiple of 16."""
+        return tuple(-(-n // 16) * 16 for n in (self.vectors * self.rank, 4 * self.vectors, self.vectors, 8))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.work, self.g, self.p, self.norm, self.step, *([] if self.gram is None else [self.gram])]
+
+    def row(self, scratch: int, eight: bool) -> list[int]:
+        """The matrix in its group's table; ``scratch``: an address."""
+        at = [scratch]
+        for n in self.scratch():
+            at.append(at[-1] + 4 * n)
+        w, m, v, *rest = (x.data_ptr() for x in self.work)
+        m_scale, v_scale = (rest.pop(0), rest.pop(0)) if eight else (0, 0)
+        return [
+            w, self.g.data_ptr(), self.p.data_ptr(), at[0], m, v, m_scale, v_scale,
+            0 if self.gram is None else self.gram.data_ptr(), rest[0] if rest else 0, at[1], at[2], at[3],
+            self.norm.data_ptr(), self.step.data_ptr(), self.vectors, self.dim, self.rank, *self.strides,
+            self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF, 0, 0,
+        ]  # fmt: skip
+
+    def finish(self) -> None:
+        for original, copy in zip(self.originals, self.work, strict=True):
+            if copy is not original:
+                original.copy_(copy)
+
+
+def _table(part: list[_Matrix], eight: bool, grids: list[list[int]], group: int) -> tuple[list[Tensor], list[int]]:
+    """The group's rows, and for each kernel the first program of each matrix; and each kernel's number of programs.
+
+    ``grids``: for each kernel the programs of each matrix.
+    """
+    device = part[0].g.device
+    sizes = [sum(x.scratch()) for x in part]
+    scratch = torch.empty(sum(sizes), device=device)
+    numbers, at = [], scratch.data_ptr()
+    for x, size in zip(part, sizes, strict=True):
+        numbers += x.row(at, eight)
+        at += 4 * size
+    rows, totals = len(numbers), []
+    for programs in grids:
+        total = 0
+        for count in programs:
+            numbers.append(total)
+            total += count
+        numbers += [NEVER] * (group - len(programs))
+        totals.append(total)
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    views = [table[:rows], *table[rows:].split(group)]
+    # Held until the launches are queued; and the checked interpreter (tests/interpreted.py) lets kernels touch no more.
+    views[0].points_to = [scratch, *(y for x in part for y in x.tensors())]
+    return views, totals
+
+
+def _launch(
+    part: list[_Matrix], options: dict[str, bool], shared: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...],
+    flags: Flags, exact: bool,
+) -> None:  # fmt: skip
+    """``shared``: gradient factor, found_inf (anything where options say there is none) and lr."""
+    import triton.language as tl
+    from triton import cdiv
 
     from pyelastic.triton_kernels import fira as kernels
 
-    device = params[0].device
-    paper = bool(flags & Flags.PAPER)
-    skip = torch.zeros((), dtype=torch.bool, device=device) if found_inf is None else found_inf.view(()) > 0
-    factor = torch.ones((), device=device) if grad_factor is None else grad_factor.view(())
-    factor = factor.double()
-    factor = -factor if flags & Flags.MAXIMIZE else factor
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for i, w in enumerate(params):
-            taken = steps[i] + 1
-            if w.numel() == 0:
-                steps[i].copy_(torch.where(skip, steps[i], taken))
-                continue
-            t, correction = taken.double(), torch.ones((), dtype=torch.float64, device=device)
-            if flags & Flags.CORRECT_BIAS:
-                correction = torch.sqrt(1.0 - beta2**t) / (1.0 - beta1**t)
-            one = torch.ones_like(correction)
-            scalars = torch.stack([
-                factor, correction if paper else one, skip.double(), lr if paper else lr * correction,
-                1.0 - lr * weight_decay, t,
-            ]).float()  # fmt: skip
-            side, m, v = left[i], exp_avgs[i], exp_avg_sqs[i]
-            p = projectors[i].to(w.dtype)
-            rank = p.shape[1] if side else p.shape[0]
-            vectors, dim = (w.shape[1], w.shape[0]) if side else w.shape
-            p_strides = (p.stride(0), p.stride(1)) if side else (p.stride(1), p.stride(0))
-            m = m if m.is_contiguous() else m.contiguous()
-            v = v if v.is_contiguous() else v.contiguous()
-            r = torch.empty_like(m, dtype=torch.float32)
-            r_strides = _vectors(r, side)
-            stats = torch.empty(4, vectors, device=device)
-            x_strides = _vectors(grads[i], side)
-            block_l, block_n, block_k, warps, stages = kernels.FIRA_CONFIGS[8 * w.itemsize]
-            options = {"num_warps": warps, "num_stages": stages}
-            blocks = {"BLOCK_L": block_l, "BLOCK_N": block_n, "BLOCK_K": block_k}
-            kernels.project[(triton.cdiv(vectors, block_l), triton.cdiv(rank, block_n))](
-                grads[i], p, r, stats, vectors, dim, rank, *x_strides, *p_strides, *r_strides, **blocks, **options
-            )
-            gram = grams[i].float().contiguous() if grams and grams[i].numel() and a_r != 0 else None
-            moments_l, moments_n = kernels.MOMENTS_BLOCKS[gram is not None]
-            kernels.moments[(triton.cdiv(vectors, moments_l),)](
-                r, m, v, r if gram is None else gram, stats, scalars, vectors, rank, *r_strides, beta1, 1.0 - beta1,
-                beta2, 1.0 - beta2, eps, HAS_GRAM=gram is not None, BLOCK_L=moments_l, BLOCK_N=moments_n, num_warps=4,
-            )  # fmt: skip
-            f = _limiter(stats, limiter_norms[i], factor, skip, gamma, a_r, a_s, flags)
-            stochastic = bool(flags & Flags.STOCHASTIC)
-            if stochastic:
-                options["num_warps"] = kernels.STOCHASTIC_WARPS
-            rest = remainders[i] if remainders else None
-            # Where an element lies in W counts for the noise, and is the layout of the remainder.
-            rest_strides = (1, w.shape[1]) if side else (w.shape[1], 1)
-            kernels.apply[(triton.cdiv(vectors, block_l), triton.cdiv(dim, block_n))](
-                w, grads[i], w if rest is None else rest, p, r, m, v, f, scalars, vectors, dim, rank,
-                *_vectors(w, side), *x_strides, *rest_strides, *p_strides, *r_strides, eps, a_n, a_r,
-                seeds[i] & 0xFFFFFFFF, (seeds[i] >> 32) & 0xFFFFFFFF, BACK=a_n != 0 or (a_r != 0 and a_s != 0),
-                HAS_REST=rest is not None, STOCHASTIC=stochastic, **blocks, **options,
-            )  # fmt: skip
-            for original, copy in ((exp_avgs[i], m), (exp_avg_sqs[i], v)):
-                if copy is not original:
-                    original.copy_(copy)
-            steps[i].copy_(torch.where(skip, steps[i], taken))
+    beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s = numbers
+    w, m = part[0].work[:2]
+    eight, gram, half = options["EIGHT"], options["HAS_GRAM"], w.itemsize == 2
+    tile, narrow = (kernels.FIRA_CONFIGS[bits, options["ALIGNED"]] for bits in (8 * w.itemsize, 32))
+    moment = kernels.MOMENTS_CONFIGS[eight, gram]
+    grids = [
+        [cdiv(x.vectors, tile[0]) * cdiv(x.rank, tile[1]) for x in part],
+        [cdiv(x.vectors, moment[0]) for x in part],
+        [cdiv(x.vectors, narrow[0]) for x in part],
+        [cdiv(x.vectors, tile[0]) * cdiv(x.dim, tile[1]) for x in part],
+    ]
+    (table, *first), programs = _table(part, eight, grids, kernels.GROUP)
+    p_factor, p_inf, lr = shared
+    none = not flags & Flags.CORRECT_BIAS  # then both powers are 0 and the correction 1
+    logs = [-math.inf if none or beta == 0 else math.log(beta) for beta in (beta1, beta2)]
+    options = options | {
+        "MAXIMIZE": bool(flags & Flags.MAXIMIZE), "PAPER": bool(flags & Flags.PAPER), "HAS_S": a_s != 0,
+        "PER_MATRIX": bool(flags & Flags.PER_MATRIX), "COLLAPSE": bool(flags & Flags.COLLAPSE),
+        "STOCHASTIC": bool(flags & Flags.STOCHASTIC), "BACK": a_n != 0 or (a_r != 0 and a_s != 0),
+    }  # fmt: skip
+    types = {"OPERAND": getattr(tl, str(w.dtype)[6:]), "MOMENT": getattr(tl, str(m.dtype)[6:])}
 
+    def launch(kernel: Any, grid: int, *arguments: Any, blocks: Sequence[int], **how: int) -> None:
+        known = options | types | dict(zip(("BLOCK_L", "BLOCK_N", "BLOCK_K"), blocks, strict=False))
+        kernel[(grid,)](*arguments, **{k: v for k, v in known.items() if k in kernel.arg_names}, **how)
 
-def _limiter(
-    stats: Tensor, norm: Tensor, factor: Tensor, skip: Tensor, gamma: float, a_r: float, a_s: float, flags: int
-) -> Tensor:
-    """f [L], and the limiter's norm renewed; sums in float64."""
-    if a_s == 0:
-        return torch.zeros_like(stats[0])
-    x2, r2, n2, g2 = stats.double().unbind(0)
-    if flags & Flags.PER_MATRIX:
-        phi = (n2.sum().sqrt() / (r2.sum().sqrt() + NORM_EPS)).expand_as(n2)
-    else:
-        phi = n2.sqrt() / (r2.sqrt() + NORM_EPS)
-    q = factor.square() * x2 - 2.0 * a_r * r2 + a_r * a_r * g2
-    q = torch.where(q < 0, 0.0, q)  # NaN is not below
-    s = (phi.square() * q).sum().sqrt()
-    lim, kept = limit(s, norm.double(), gamma, flags)
-    norm.copy_(torch.where(skip, norm, kept.to(norm.dtype)))
-    return (a_s * phi / lim).float()
+    def warps(config: Sequence[int]) -> dict[str, int]:
+        return {"num_warps": config[3], "num_stages": config[4]}
+
+    limits = (gamma, a_r, a_s, kernels.KAPPA[not gram and half] if a_r != 0 else math.inf)
+    one = {"blocks": [kernels.LIMITER_BLOCK], "num_warps": kernels.LIMITER_WARPS}
+    launch(kernels.project, programs[0], table, first[0], blocks=tile[:3], **warps(tile))
+    launch(kernels.moments, programs[1], table, first[1], p_factor, p_inf, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps,
+           *logs, blocks=moment[:3], num_warps=moment[3])  # fmt: skip
+    launch(kernels.limiter, len(part), table, p_factor, p_inf, lr, *logs, weight_decay, *limits, **one)
+    if exact:
+        launch(kernels.residual, programs[2], table, first[2], a_r, blocks=narrow[:3], **warps(narrow))
+        launch(kernels.limiter_exact, len(part), table, p_factor, *limits, **one)
+    how = warps(tile)
+    if options["STOCHASTIC"] or (eight and half):
+        how["num_warps"] = kernels.WIDE_WARPS
+    launch(kernels.apply, programs[3], table, first[3], p_factor, p_inf, eps, a_n, a_r, blocks=tile[:3], **how)

@@ -13,7 +13,7 @@ The kernels never form S. Since <x_j, P r_j> = |r_j|^2, with M = P^T P::
 
 so G is read twice and W read and written once: 4 passes over full-size data where the published package makes 21.
 There is nothing to cancel for a_r away from 1; near 1, M is given as ``gram``, and where |S|^2 keeps few digits of
-its terms (``KAPPA``) the kernels form the residual's norm directly in a pass of its own.
+its terms the kernels form the residual's norm directly in a pass of its own (on a GPU decided on the device).
 
 Cost: 4 m n r operations; scratch of L r floats. The forms that the three scalars make: ``MODES``. Reference:
 pyelastic.eager.fira. Source: Chen et al. 2024, arXiv 2410.01623, and the behaviour of the package fira 1.0.2.
@@ -297,8 +297,6 @@ def _cpu_why_not(call: Call) -> str | None:
 
 
 def _gpu_why_not(call: Call) -> str | None:
-    if call.state_dtype in (torch.int8, torch.uint8):
-        return "moments are 8-bit; this kernel takes float32 and bfloat16 (8-bit moments: backends 'cpu' and 'eager')"
     return _dispatch.unsupported_dtype(call, DTYPES[:3])
 
 

@@ -16,8 +16,8 @@ from fira_cases import Problem, accuracy, dequantized, over_backends, over_kerne
 from layouts import KINDS, lay
 
 import pyelastic
-from pyelastic import _dispatch
 from pyelastic.eager import fira as eager
+from pyelastic.ops import _fira_triton as triton_launcher
 from pyelastic.ops import fira as ops
 
 OPTIONS: list[dict[str, Any]] = [
@@ -109,17 +109,16 @@ def test_layouts(backend: str, left: bool, dtype: torch.dtype, kind: str) -> Non
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize(("dtype", "state_dtype"), [
     (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.int8),
-    (torch.bfloat16, torch.int8),
+    (torch.bfloat16, torch.int8), (torch.float16, torch.bfloat16), (torch.float16, torch.int8),
 ])  # fmt: skip
-def test_small_moments(backend: str, left: bool, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    """Against eager on the same stored moments: they round alike but where R differs in the last bits."""
-    given = problem(40, 160, 30, left, dtype, state_dtype=state_dtype) if left else problem(
-        160, 40, 30, left, dtype, state_dtype=state_dtype
-    )  # fmt: skip
-    call = ops._make_call([given.w], [given.g], [given.state])
-    reason = _dispatch.registry()["fira"][backend].why_not(call) if backend not in ("eager",) else None
-    if reason is not None and not backends.GPU and "8-bit" in reason:
-        pytest.skip(reason)
+@pytest.mark.parametrize("rank", [30, 32])
+def test_small_moments(backend: str, left: bool, dtype: torch.dtype, state_dtype: torch.dtype, rank: int) -> None:
+    """Against eager on the same stored moments: they round alike but where R differs in the last bits.
+
+    ``rank``: 32 is one of CUDA's matrix units, and of what Triton knows to be aligned.
+    """
+    m, n = (48, 160) if left else (160, 48)
+    given = problem(m, n, rank, left, dtype, state_dtype=state_dtype)
     half = accuracy(backend, dtype)["half"]
     want = given.clone()
     run("eager", want)
@@ -137,6 +136,50 @@ def test_small_moments(backend: str, left: bool, dtype: torch.dtype, state_dtype
         a, b = (getattr(x.state, name).double() for x in (got, want))
         assert float((a - b).norm() / b.norm()) < unit / 8, name
     assert float((got.w.double() - want.w.double()).norm() / (want.w - given.w).double().norm()) < unit
+
+
+@over_backends
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(("rank", "seen"), [(128, 5), (130, 5), (300, 0)])
+@pytest.mark.parametrize("mode", ["official", "paper"])
+def test_blocks_of_8_bit_moments(backend: str, left: bool, rank: int, seen: int, mode: str) -> None:
+    """Several blocks a vector, the last of them short; from nothing, too: all codes zero, all scales zero."""
+    m, n = (310, 37) if left else (37, 310)
+    given = problem(m, n, rank, left, state_dtype=torch.int8, seen=seen, mode=mode, gram=rank == 130)
+    want, got = given.clone(), given.clone(device=backends.device_of(backend))
+    run("eager", want)
+    run(backend, got)
+    got = got.clone(device="cpu")
+    assert got.state.moment_scales is not None and want.state.moment_scales is not None
+    for a, b in zip(got.state.moment_scales, want.state.moment_scales, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        off = (getattr(got.state, name).int() - getattr(want.state, name).int()).abs()
+        assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.02, name
+    moved = (want.w - given.w).double().norm()
+    assert float((got.w.double() - want.w.double()).norm() / moved) < 2.0**-6
+    assert float(got.state.limiter_norm) == pytest.approx(float(want.state.limiter_norm), rel=2e-3)
+
+
+@over_backends
+@pytest.mark.parametrize("left", [False, True])
+def test_8_bit_moments_that_are_not_finite_show(backend: str, left: bool) -> None:
+    """In the scales of their own block: the codes of a block cannot say it."""
+    m, n = (180, 20) if left else (20, 180)
+    given = problem(m, n, 140, left, state_dtype=torch.int8)
+    given.g[(7, 3) if left else (3, 7)] = float("nan")
+    got = given.clone(device=backends.device_of(backend))
+    run(backend, got)
+    assert got.state.moment_scales is not None
+    for scale in got.state.moment_scales:
+        bad = ~scale.cpu().isfinite()
+        assert bad[3].all() and int(bad.sum()) == 2
+    skipped = given.clone(device=backends.device_of(backend))
+    run(backend, skipped, found_inf=torch.tensor(1.0, device=skipped.w.device))
+    assert skipped.state.moment_scales is not None and given.state.moment_scales is not None
+    kept, before = ((*s[:2], *(s.moment_scales or ())) for s in (skipped.state, given.state))
+    for a, b in zip(kept, before, strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -210,6 +253,7 @@ def test_compensated_weights_carry_what_rounding_cut(backend: str, dtype: torch.
 def test_many_matrices_are_each_stepped_alone(backend: str) -> None:
     """Grouped: shapes, sides and ranks in any mix, an empty one among them, give the bits of one call each."""
     specs = [(40, 24, 6, False), (17, 70, 3, True), (5, 5, 5, False), (0, 8, 2, False), (130, 33, 9, False)]
+    specs += [(48, 80, 16, True), (96, 32, 16, False), (32, 32, 16, False)]
     group = [problem(m, n, min(r, max(m, n)), left, seed=i) for i, (m, n, r, left) in enumerate(specs)]
     device = backends.device_of(backend)
     together, alone = ([p.clone(device=device) for p in group] for _ in range(2))
@@ -219,6 +263,57 @@ def test_many_matrices_are_each_stepped_alone(backend: str) -> None:
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a.w, b.w) and torch.equal(a.state.exp_avg, b.state.exp_avg)
         assert float(a.state.step) == float(b.state.step) == 6
+
+
+@over_backends
+def test_more_matrices_than_one_launch_takes(backend: str) -> None:
+    """16 on cuda, 64 on triton."""
+    group = [problem(6, 4, 2, bool(i % 3), seed=i, alpha=1.0, gram=i % 2 == 0) for i in range(150)]
+    together = [p.clone(device=backends.device_of(backend)) for p in group]
+    run(backend, *together)
+    for i in (0, 1, 63, 64, 100, 149):
+        alone = group[i].clone(device=backends.device_of(backend))
+        run(backend, alone)
+        assert torch.equal(alone.w, together[i].w) and torch.equal(alone.state.exp_avg, together[i].state.exp_avg)
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="counts what the interpreter launches")
+@pytest.mark.parametrize(("alpha", "count"), [(0.25, 8), (1.0, 12)])
+def test_triton_launches_a_group_at_once(alpha: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve matrices of two sides: four launches a side, six near a_r = 1."""
+    from triton.runtime import interpreter
+
+    launches = []
+    call = interpreter.GridExecutor.__call__
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        launches.append(self.fn.__name__)
+        call(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    run("triton", *(problem(8, 8, 4, bool(i % 2), seed=i) for i in range(12)), alpha=alpha)
+    assert len(launches) == count, launches
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="looks into the launcher")
+@pytest.mark.parametrize("left", [False, True])
+def test_triton_vouches_for_no_alignment_that_is_not_there(left: bool) -> None:
+    """One size, stride or address off, and the matrix is not among the aligned; the interpreter checks the hints."""
+    m, n = (48, 64) if left else (64, 48)
+    for change, aligned in (("", True), ("rank", False), ("size", False), ("stride", False), ("address", False)):
+        given = problem(m + (change == "size"), n, 16 + (change == "rank"), left)
+        if change == "stride":
+            given.g = torch.cat([given.g, given.g[:, :1]], 1)[:, :n]
+        if change == "address":
+            given.g = torch.cat([given.g.flatten(), given.g.new_zeros(1)])[1:].view_as(given.g)
+        s = given.state
+        state = [s.exp_avg, s.exp_avg_sq]
+        made = triton_launcher._Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
+        assert made.aligned == aligned, change
+        got = given.clone()
+        got.g = given.g
+        run("triton", got)
+        check("triton", given, got)
 
 
 @over_kernels

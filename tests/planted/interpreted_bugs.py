@@ -103,3 +103,12 @@ def scalar_comparison(x, y, n, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     mask = (offsets < n) & (tl.load(x) < 1.0)
     tl.store(y + offsets, tl.load(x + offsets, mask=mask, other=0.0), mask=offsets < n)
+
+
+@triton.jit
+def through_table(p_table, n, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """The array at the table's first address to that at its second."""
+    p_x = tl.multiple_of(tl.load(p_table).to(tl.pointer_type(tl.float32)), MULTIPLE)
+    p_y = tl.load(p_table + 1).to(tl.pointer_type(tl.float32))
+    o = tl.arange(0, BLOCK)
+    tl.store(p_y + o, tl.load(p_x + o, mask=o < n), mask=o < n)
