@@ -7,9 +7,11 @@ from typing import Any
 import launched
 import oracle
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import pyelastic
+from pyelastic.distributed import maxsim as module
 from pyelastic.distributed.maxsim import in_batch_maxsim_info_nce
 
 QUERIES = ((3, 3, 3, 3), (4, 1, 2, 5), (0, 3, 2, 0))  # of each rank
@@ -111,6 +113,46 @@ def amounts_of(parts: list[dict[str, Tensor]], rank: int, temperature: float) ->
     return [loss.mean(), d_q, torch.stack(own) if own else parts[rank]["documents"].double()]
 
 
+def check_bytes(world: int) -> None:
+    """What docs/distributed_sequences.md says that document tokens move, forward and backward."""
+    moved: list[int] = []
+    sending, names = module._Send, ("all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+
+    class Counting(sending):
+        def __init__(self, out: Tensor, *more: Any) -> None:
+            moved.append(out.numel() * out.element_size())
+            super().__init__(out, *more)
+
+    def counting(name: str) -> Any:
+        def call(*tensors: Tensor, **options: Any) -> Any:
+            if tensors[0].is_floating_point():
+                moved.append(max(t.numel() * t.element_size() for t in tensors[:2]))
+            return originals[name](*tensors, **options)
+
+        return call
+
+    n, length = 3, 4
+    block = n * length * DIM  # numbers of a rank's document tokens
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        part = {"queries": torch.randn(n, Q_LENGTH, DIM), "documents": torch.randn(n, length, DIM)}
+        for form, want in (
+            ("gather", 2 * world * block * width),
+            ("ring", 2 * (world - 1) * block * width + world * block * 4),
+        ):
+            moved.clear()
+            module._Send = Counting
+            for name in originals:
+                setattr(dist, name, counting(name))
+            try:
+                on_ranks(part, form, False, dtype)
+            finally:
+                module._Send = sending
+                for name, original in originals.items():
+                    setattr(dist, name, original)
+            assert sum(moved) == want, (form, dtype, moved, want)
+
+
 def main() -> None:
     rank, world = launched.begin()
     for queries in QUERIES:
@@ -119,6 +161,7 @@ def main() -> None:
                 for dtype, backend in ((torch.float64, "cpu"), (torch.float32, "cpu"), (torch.float64, "eager")):
                     if dtype == torch.float64 or name in SINGLE:
                         check(name, queries[:world], rank, form, dtype, backend)
+    check_bytes(world)
     launched.end()
 
 
