@@ -297,10 +297,10 @@ void bind_norm_linear_attention(py::module_& m) {
                             as<float>(dparams), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_grad_state",
-        [=](const Arguments& x, const Slots& parts, Int part, Pointer grad, Pointer d, Pointer dd, Pointer ds, Pointer dz,
-            Pointer stream) {
+        [=](const Arguments& x, const Slots& parts, Int part, Pointer grad, Pointer d, Pointer dd, Pointer last, Pointer ds,
+            Pointer dz, Pointer stream) {
           cuda::nla_grad_state(problem(x), slots(parts), part, as<const void>(grad), as<const float>(d),
-                               as<const float>(dd), as<float>(ds), as<float>(dz), as<void>(stream));
+                               as<const float>(dd), as<const float>(last), as<float>(ds), as<float>(dz), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_keys",
         [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer grad, Pointer d, Pointer dd, Pointer ds,

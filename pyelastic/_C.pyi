@@ -318,7 +318,7 @@ def cuda_norm_linear_attention_queries(
     dd: int, dparams: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_grad_state(
-    x: _Nla, parts: _NlaSlots, part: int, grad: int, d: int, dd: int, ds: int, dz: int, stream: int, /,
+    x: _Nla, parts: _NlaSlots, part: int, grad: int, d: int, dd: int, last: int, ds: int, dz: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_keys(
     x: _Nla, tiles: _NlaSlots, part: int, each: int, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int,

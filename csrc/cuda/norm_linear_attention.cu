@@ -93,6 +93,17 @@ __global__ void __launch_bounds__(kThreads, 3)
   make_tile<T>(x, x.q, at, first, head, true, query);
   const float* const plain = x.rope_both ? query.g : query.f;
   product(plain, query.ldf, 1, z + slot * rows, 1, 0, kTile, rows, 1, d, 1, false);
+  const bool mala = x.map == FeatureMap::mala;
+  if (mala) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * (dim + 1); i += kThreads) {
+      const int t = i / (dim + 1), c = i % (dim + 1);
+      const Readout r = readout_of(x, at, d[t]);
+      float* const f = query.g + t * query.ldf + c;
+      *f = c < dim ? *f * r.c : r.last;
+    }
+    __syncthreads();
+  }
   product(query.g, query.ldf, 1, s + slot * rows * x.v_dim + column, x.v_dim, 1, kTile, rows, width, out, kColumns, false);
   if (x.causal) {
     const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
@@ -118,7 +129,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int t = i / width, c = i % width;
     const std::int64_t token = first + t;
     if (token >= at.length) continue;
-    float value = out[t * kColumns + c] / (d[t] + effective_eps(x, at, token));
+    float value = out[t * kColumns + c];
+    if (!mala) value /= d[t] + effective_eps(x, at, token);
     if (gate != nullptr) {
       const float g = to_float(
           gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);

@@ -46,6 +46,18 @@ __device__ __forceinline__ float magnitude(const Problem& q, const Tile& tile, i
   return upper * co + lower * si;
 }
 
+// MALA: a tile's rows of dq or dk, `stride` apart, from the gradient of its features.
+template <class T>
+__device__ void elu_gradient(const Tile& tile, const Place& at, std::int64_t first, const float* h, T* to,
+                             std::int64_t stride) {
+  for (int i = threadIdx.x; i < kTile * tile.dim; i += kThreads) {
+    const int t = i / tile.dim, c = i % tile.dim;
+    const float v = tile.x[t * tile.ldx + c];
+    const float slope = v > 0.0f ? 1.0f : elu_plus_1(v);
+    if (first + t < at.length) to[t * stride + c] = from_float<T>(h[t * tile.ldf + c] * slope);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
     nla_queries_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
@@ -63,6 +75,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const d = weights + kTile * kTile;
   float* const dd = d + kTile;
   float* const own = dd + kTile;  // [3][kTile]
+  float* const dots = own;        // MALA, which has no parameters: phi_q . z
+  const bool mala = x.map == FeatureMap::mala;
   const std::int64_t head = blockIdx.y, kv = head / (x.q_heads / x.kv_heads);
   const Place at = locate(x, tiles, x.queries);
   const std::int64_t first = at.part * kTile;
@@ -88,7 +102,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   if (threadIdx.x < kTile) {
     const std::int64_t token = first + threadIdx.x;
-    d[threadIdx.x] = token < at.length ? d[threadIdx.x] + effective_eps(x, at, token) : 1.0f;
+    if (mala) {
+      dots[threadIdx.x] = d[threadIdx.x];
+      d[threadIdx.x] = 1.0f;
+    } else {
+      d[threadIdx.x] = token < at.length ? d[threadIdx.x] + effective_eps(x, at, token) : 1.0f;
+    }
   }
   for (int i = threadIdx.x; i < kTile * ld; i += kThreads) h[i] = 0.0f;
   __syncthreads();
@@ -138,15 +157,25 @@ __global__ void __launch_bounds__(kThreads, 3)
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) {
       dd[t] = -sum / d[t];
+      if (mala) {  // of phi_q . z; d is to give y, the gradient times c, as its quotient
+        const Readout r = readout_of(x, at, dots[t]);
+        dd[t] = (sum * r.slope - h[t * ld + dim] * r.inverse) * r.scale;
+        d[t] = 1.0f / r.c;
+      }
       const std::int64_t token = first + t, row = (at.batch * x.queries + at.begin + token) * x.q_heads + head;
       if (token < at.length) {
         d_out[row] = d[t];
         dd_out[row] = dd[t];
+        if (mala) dparams[row] = readout_of(x, at, dots[t]).last;
       }
     }
   }
   __syncthreads();
-  if (x.sin != nullptr && !x.rope_both) turn_back(x, at, first, dim, h, ld);
+  if (mala) {
+    for (int i = threadIdx.x; i < kTile * rows; i += kThreads) h[i / rows * ld + i % rows] /= d[i / rows];
+    __syncthreads();
+  }
+  if (x.sin != nullptr && !x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
   for (int i = threadIdx.x; i < kTile * rows; i += kThreads) {
     h[i / rows * ld + i % rows] += dd[i / rows] * z[slot * rows + i % rows];
   }
@@ -159,7 +188,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     product(weights, kTile, 1, plain_k, ld, 1, kTile, kTile, rows, h, ld, true);
   }
   __syncthreads();
-  if (x.rope_both) turn_back(x, at, first, dim, h, ld);
+  if (x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
+  if (mala) {
+    elu_gradient(query, at, first, h, dq + ((at.batch * x.queries + at.begin + first) * x.q_heads + head) * dim,
+                 x.q_heads * dim);
+    return;
+  }
   const bool pola = is_pola(x.map);
   if (x.map == FeatureMap::pola_opposite) {
     for (int i = threadIdx.x; i < kTile * dim; i += kThreads) {
@@ -217,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
     nla_grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const T* grad, const float* d_in, const float* dd_in,
-                      float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
+                      const float* last, float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -242,6 +276,10 @@ __global__ void __launch_bounds__(kThreads, 3)
       const bool there = token + threadIdx.x < end;
       d[threadIdx.x] = there ? d_in[row] : 1.0f;
       dd[threadIdx.x] = there ? dd_in[row] : 0.0f;
+      // y is to be the gradient times c, of which the sum of the values takes `last`.
+      if (x.map == FeatureMap::mala) {
+        query.g[threadIdx.x * query.ldf + dim] = there ? last[row] * d_in[row] : 0.0f;
+      }
     }
     __syncthreads();
     load_gradient(x, grad, inside, token, head, column, d, y);
@@ -335,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
-  if (x.sin != nullptr && !x.rope_both) turn_back(x, at, first, dim, h, ld);
+  if (x.sin != nullptr && !x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
   for (int i = threadIdx.x; i < kTile * rows; i += kThreads) h[i / rows * ld + i % rows] += dz[slot * rows + i % rows];
   for (std::int64_t member = 0; member < group; ++member) {
     const std::int64_t head = kv * group + member;
@@ -351,7 +389,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
-  if (x.rope_both) turn_back(x, at, first, dim, h, ld);
+  if (x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
+  if (x.map == FeatureMap::mala) {
+    elu_gradient(key, at, first, h, dk + ((at.batch * x.keys + at.begin + first) * x.kv_heads + kv) * dim, x.kv_heads * dim);
+    return;
+  }
   const bool pola = is_pola(x.map), cosine = x.map == FeatureMap::cosine;
   for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
     const std::int64_t token = first + t;
@@ -406,7 +448,7 @@ void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64
 }
 
 void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
-                    float* ds, float* dz, void* stream) {
+                    const float* last, float* ds, float* dz, void* stream) {
   if (parts.count == 0) return;
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.q_heads),
                   static_cast<unsigned>((x.v_dim + kColumns - 1) / kColumns));
@@ -414,8 +456,8 @@ void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const v
   const std::size_t shared = sizeof(float) * (tile + kTile * kColumns + 2 * dim * (kColumns + 1) + 2 * kTile);
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd, ds,
-           dz);
+    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd,
+           last, ds, dz);
   });
 }
 

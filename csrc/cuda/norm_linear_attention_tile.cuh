@@ -73,6 +73,34 @@ struct Tile {
   }
 };
 
+// Pairs of both halves of `from` [kTile][ld] turned by their positions, forwards or back; `to` may be `from`. All threads;
+// ends with a barrier.
+template <int Direction>
+__device__ void turn(const Problem& q, const Place& at, std::int64_t first, int dim, const float* from, int ld, float* to) {
+  for (int i = threadIdx.x; i < kTile * dim; i += kThreads) {
+    const int t = i / dim, pair = i % dim, c = 2 * pair, j = pair % (dim / 2);
+    const std::int64_t token = first + t < at.length ? first + t : 0;
+    const std::int64_t angle = (token + (q.start == nullptr ? 0 : q.start[at.sequence])) * (dim / 2) + j;
+    const float s = Direction * q.sin[angle], co = q.cos[angle], even = from[t * ld + c], odd = from[t * ld + c + 1];
+    to[t * ld + c] = even * co - odd * s;
+    to[t * ld + c + 1] = odd * co + even * s;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float elu_plus_1(float x) { return x > 0.0f ? x + 1.0f : exp2f(1.4426950f * x); }
+
+// MALA's readout of a row with z = phi_q . z: o = S^T [c R phi_q; last], and the slope of c by the scaled z.
+struct Readout {
+  float inverse, scale, c, last, slope;
+};
+__device__ __forceinline__ Readout readout_of(const Problem& x, const Place& at, float z) {
+  const std::int64_t keys = x.offsets == nullptr ? x.keys : at.length;
+  const float inverse = 1.0f / static_cast<float>((x.count == nullptr ? 0 : x.count[at.sequence]) + keys);
+  const float scale = inverse / sqrtf(static_cast<float>(x.dim)), weight = z * scale, above = 1.0f / (weight + x.eps);
+  return {inverse, scale, (1.0f + above) * scale, -weight * inverse, -above * above * scale};
+}
+
 // Rows `first` .. of a head, zeros from `length` on, and their features. All threads; ends with a barrier.
 template <class T>
 __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& at, std::int64_t first, std::int64_t head,
@@ -86,7 +114,7 @@ __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& 
     tile.x[t * tile.ldx + c] = token < at.length ? to_float(data[(at.begin + token) * view.token + c]) : 0.0f;
   }
   __syncthreads();
-  const bool pola = is_pola(q.map);
+  const bool pola = is_pola(q.map), mala = q.map == FeatureMap::mala;
   for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
     float sum = 0;
     for (int c = threadIdx.x % 32; c < dim; c += 32) sum += tile.x[t * tile.ldx + c] * tile.x[t * tile.ldx + c];
@@ -94,7 +122,7 @@ __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& 
     if (threadIdx.x % 32 == 0) {
       const float r = sum == 0.0f ? 1.0f : sqrtf(sum);
       tile.r[t] = r;
-      if (query && !pola) {
+      if (query && !pola && !mala) {
         tile.t[t] = tanh_of(q.params[2 * q.q_heads + head] * r, tile.slope[t]);
         tile.p[t] = q.params[head] * (q.params[q.q_heads + head] + tile.t[t]);
       }
@@ -105,7 +133,9 @@ __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& 
     const int t = i / dim, c = i % dim;
     const float v = tile.x[t * tile.ldx + c], a = fabsf(v);
     float w;
-    if (pola) {
+    if (mala) {
+      w = first + t < at.length ? elu_plus_1(v) : 0.0f;
+    } else if (pola) {
       w = power(a, q.params[head * dim + c]);
     } else if (query) {
       w = power(a / tile.r[t], tile.p[t]);
@@ -113,7 +143,10 @@ __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& 
       w = q.key_power == 3.0f ? a * a * a : power(a, q.key_power);
     }
     float upper = v <= 0.0f ? 0.0f : w, lower = v >= 0.0f ? 0.0f : w;  // a NaN in both
-    if (q.map == FeatureMap::cosine) {
+    if (mala) {
+      upper = w;
+      lower = 0.0f;
+    } else if (q.map == FeatureMap::cosine) {
       float slope, co, si;
       cos_sin(kQuarter * tanh_of(q.alpha * v / tile.r[t], slope), co, si);
       upper = w * co;
@@ -127,29 +160,10 @@ __device__ void make_tile(const Problem& q, const HeadsView& view, const Place& 
     tile.f[t * tile.ldf + dim + c] = lower;
   }
   __syncthreads();
-  if (tile.g == tile.f) return;
-  for (int i = threadIdx.x; i < kTile * dim; i += kThreads) {  // pairs of both halves
-    const int t = i / dim, pair = i % dim, c = 2 * pair, j = pair % (dim / 2);
-    const std::int64_t token = first + t < at.length ? first + t : 0;
-    const std::int64_t angle = (token + (q.start == nullptr ? 0 : q.start[at.sequence])) * (dim / 2) + j;
-    const float s = q.sin[angle], co = q.cos[angle], even = tile.f[t * tile.ldf + c], odd = tile.f[t * tile.ldf + c + 1];
-    tile.g[t * tile.ldf + c] = even * co - odd * s;
-    tile.g[t * tile.ldf + c + 1] = odd * co + even * s;
-  }
-  __syncthreads();
-}
-
-// rows [kTile][ld] of features' gradients turned back, in place. All threads; ends with a barrier.
-__device__ void turn_back(const Problem& q, const Place& at, std::int64_t first, int dim, float* rows, int ld) {
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTile * dim; i += kThreads) {
-    const int t = i / dim, pair = i % dim, c = 2 * pair, j = pair % (dim / 2);
-    const std::int64_t token = first + t < at.length ? first + t : 0;
-    const std::int64_t angle = (token + (q.start == nullptr ? 0 : q.start[at.sequence])) * (dim / 2) + j;
-    const float s = q.sin[angle], co = q.cos[angle], even = rows[t * ld + c], odd = rows[t * ld + c + 1];
-    rows[t * ld + c] = even * co + odd * s;
-    rows[t * ld + c + 1] = odd * co - even * s;
-  }
+  if (tile.g != tile.f) turn<1>(q, at, first, dim, tile.f, tile.ldf, tile.g);
+  if (!mala || query) return;
+  // The sum of the values is row `dim` of a state: a feature that is 1 for every key.
+  if (threadIdx.x < kTile) tile.g[threadIdx.x * tile.ldf + dim] = first + threadIdx.x < at.length ? 1.0f : 0.0f;
   __syncthreads();
 }
 

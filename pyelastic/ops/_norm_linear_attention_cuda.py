@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
-from pyelastic.eager.norm_linear_attention import MALA
 from pyelastic.ops import _norm_linear_attention_gpu as gpu
 from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
@@ -50,7 +49,7 @@ class _Problem(gpu.GpuProblem):
         self.call("queries", self.places(pieces), self.part, self.parts_of(self.m), *read, *tensors)
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
-        self.call("grad_state", self.places(pieces), self.part, grad, d, dd, *parts)
+        self.call("grad_state", self.places(pieces), self.part, grad, d, dd, last, *parts)
 
     def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
         self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), *tensors)
@@ -60,10 +59,4 @@ class _Problem(gpu.GpuProblem):
 forward: Any = partial(gpu.forward, _Problem)
 backward: Any = partial(gpu.backward, _Problem)
 advance: Any = partial(gpu.advance, _Problem)
-
-
-def why_not(dim: int, v_dim: int, map: int) -> str | None:
-    """What the kernels lack."""
-    if map == MALA:
-        return "MALA's readout is not implemented in the kernels"
-    return gpu.why_not(dim, v_dim, map)
+why_not = gpu.why_not
