@@ -92,12 +92,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def noise(seed: int, step: Tensor, count: int) -> Tensor:
-    """16 random bits (int64) for each of ``count`` elements: a function of (seed, step, index) alone."""
+def noise(seed: int, step: Tensor, count: int, first: int = 0) -> Tensor:
+    """16 random bits (int64) for each of ``count`` elements from ``first`` on: of (seed, step, index) alone."""
     key = _mix(step.to(torch.int64) & 0xFFFFFFFF)
     key = _mix(((seed >> 32) & 0xFFFFFFFF) ^ key)
     key = _mix((seed & 0xFFFFFFFF) ^ key)
-    index = torch.arange(count, device=step.device)
+    index = torch.arange(first, first + count, device=step.device)
     return _mix((index & 0xFFFFFFFF) ^ _mix((index >> 32) ^ key)) & 0xFFFF
 
 
@@ -151,28 +151,12 @@ def step_(
             x = -x
         p = (projectors[i] if left[i] else projectors[i].mT).to(dtype)
         taken = steps[i] + 1
-        t = taken.to(torch.float64)
-        correction = torch.ones_like(t)
-        if flags & Flags.CORRECT_BIAS:
-            correction = torch.sqrt(1.0 - beta2**t) / (1.0 - beta1**t)
+        correction = bias_correction(taken, beta1, beta2, flags)
         size = (lr if flags & Flags.PAPER else lr * correction).to(dtype)
 
-        scales = moment_scales[2 * i : 2 * i + 2]
-        m, v = (vectors(moment) for moment in (exp_avgs[i], exp_avg_sqs[i]))
-        m, v = (dequantize(m, scales[0]), dequantize(v, scales[1])) if scales else (m.to(dtype), v.to(dtype))
         r = x @ p
-        m = beta1 * m + (1.0 - beta1) * r
-        v = beta2 * v + (1.0 - beta2) * r.square()
-        if scales:
-            (m_code, m_scale), (v_code, v_scale) = quantize(m, signed=True), quantize(v, signed=False)
-            m, v = dequantize(m_code, m_scale), dequantize(v_code, v_scale)
-            stored = [(exp_avgs[i], vectors(m_code)), (exp_avg_sqs[i], vectors(v_code))]
-            stored += [(scales[0], m_scale), (scales[1], v_scale)]
-        else:
-            m, v = m.to(exp_avgs[i].dtype), v.to(exp_avg_sqs[i].dtype)
-            stored = [(exp_avgs[i], vectors(m)), (exp_avg_sqs[i], vectors(v))]
-            m, v = m.to(dtype), v.to(dtype)
-        n = m / (torch.sqrt(v) + eps)
+        scales = moment_scales[2 * i : 2 * i + 2]
+        n, stored = advance(r, exp_avgs[i], exp_avg_sqs[i], scales, left[i], beta1, beta2, eps)
         if flags & Flags.PAPER:
             n = n * correction.to(dtype)
 
@@ -191,16 +175,61 @@ def step_(
         keep = 1.0 - lr.to(dtype) * weight_decay
         base = w.to(dtype) + remainders[i].to(dtype) if remainders else w.to(dtype)
         new = keep * (base - size * vectors(update))
-        if remainders:
-            stored += [(w, new.to(w.dtype)), (remainders[i], new - new.to(w.dtype).to(dtype))]
-        elif flags & Flags.STOCHASTIC:
-            stored.append((w, round_stochastic(new, noise(seeds[i], taken, w.numel()))))
-        else:
-            stored.append((w, new))
+        stored += rounded(new, w, remainders[i] if remainders else None, flags, seeds[i], taken)
         stored.append((steps[i], taken))
-        for target, value in stored:
-            value = value.to(target.dtype)
-            target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
+        store(stored, found_inf)
+
+
+Stored = list[tuple[Tensor, Tensor]]  # what is to be written, and what into it
+
+
+def bias_correction(taken: Tensor, beta1: float, beta2: float, flags: int) -> Tensor:
+    """c of step number ``taken``, float64, or 1."""
+    t = taken.to(torch.float64)
+    return torch.sqrt(1.0 - beta2**t) / (1.0 - beta1**t) if flags & Flags.CORRECT_BIAS else torch.ones_like(t)
+
+
+def advance(
+    r: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: Sequence[Tensor], left: bool, beta1: float, beta2: float,
+    eps: float,
+) -> tuple[Tensor, Stored]:  # fmt: skip
+    """N [L, r] of the moments after R [L, r], as they are stored, and what to store. ``scales``: of 8-bit moments."""
+    dtype = r.dtype
+
+    def vectors(x: Tensor) -> Tensor:
+        return x.mT if left else x
+
+    m, v = vectors(exp_avg), vectors(exp_avg_sq)
+    m, v = (dequantize(m, scales[0]), dequantize(v, scales[1])) if scales else (m.to(dtype), v.to(dtype))
+    m = beta1 * m + (1.0 - beta1) * r
+    v = beta2 * v + (1.0 - beta2) * r.square()
+    if scales:
+        (m_code, m_scale), (v_code, v_scale) = quantize(m, signed=True), quantize(v, signed=False)
+        m, v = dequantize(m_code, m_scale), dequantize(v_code, v_scale)
+        stored = [(exp_avg, vectors(m_code)), (exp_avg_sq, vectors(v_code)), (scales[0], m_scale), (scales[1], v_scale)]
+    else:
+        m, v = m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)
+        stored = [(exp_avg, vectors(m)), (exp_avg_sq, vectors(v))]
+        m, v = m.to(dtype), v.to(dtype)
+    return m / (torch.sqrt(v) + eps), stored
+
+
+def rounded(
+    new: Tensor, w: Tensor, remainder: Tensor | None, flags: int, seed: int, taken: Tensor, first: int = 0
+) -> Stored:
+    """``new`` in w's dtype. ``first``: the number of w's first element in its matrix, of stochastic bits."""
+    if remainder is not None:
+        return [(w, new.to(w.dtype)), (remainder, new - new.to(w.dtype).to(new.dtype))]
+    if flags & Flags.STOCHASTIC:
+        return [(w, round_stochastic(new, noise(seed, taken, w.numel(), first)))]
+    return [(w, new)]
+
+
+def store(stored: Stored, found_inf: Tensor | None) -> None:
+    """Write, but where ``found_inf`` > 0: nothing is multiplied by it, as inf times 0 is NaN."""
+    for target, value in stored:
+        value = value.to(target.dtype)
+        target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
 
 
 def limit(s: Tensor, before: Tensor, gamma: float, flags: int) -> tuple[Tensor, Tensor]:

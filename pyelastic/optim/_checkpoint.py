@@ -84,18 +84,34 @@ def restore(state_dict: dict[str, Any], optimizer: Any) -> None:
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     places = optimizer._places()
     for i, (p, _) in zip(ids, _parameters(optimizer), strict=True):
-        for key, value in state_dict["state"].get(i, {}).items():
+        entry = state_dict["state"].get(i, {})
+        left = bool(entry["left"]) if "left" in entry else None
+        for key, value in entry.items():
             if isinstance(value, Tensor):
                 device = torch.device("cpu") if key in ("schedule", "left") else p.device
-                optimizer.state[p][key] = value.detach().clone().to(device)
+                optimizer.state[p][key] = _placed(p, key, value.detach().clone().to(device), left)
         state = optimizer.state.get(p)
         if state and "schedule" in state and "projector" not in state:
             left = bool(state["left"])
             moment = state["exp_avg"]
             seed = optimizer._seed_of(places[p][0], int(state["schedule"][1]) - 1)
-            like = p.detach().reshape(p.shape[0], -1)
+            like = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape[0], math.prod(p.shape[1:]))
             basis = projectors.random(like, None, moment.shape[0] if left else moment.shape[1], left, seed)
-            state["projector"] = (basis if left else basis.mT).to(p.dtype).contiguous()
+            state["projector"] = _placed(p, "projector", (basis if left else basis.mT).to(p.dtype).contiguous(), left)
+
+
+def _placed(p: Tensor, key: str, value: Tensor, left: bool | None) -> Tensor:
+    """Whole for a plain parameter, cut for a DTensor."""
+    if hasattr(p, "_local_tensor") or hasattr(value, "_local_tensor"):
+        from pyelastic.distributed._fira_shards import restored
+
+        return restored(p, key, value, left)
+    return value
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Of a DTensor all of it, for which all its ranks must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _from_official(entry: dict[str, Any], p: Tensor) -> None:
@@ -135,13 +151,13 @@ def to_official_state_dict(optimizer: Any, projector_class: Any = None) -> dict[
                 raise ValueError("fira: the published package has no 8-bit moments")
             out: dict[str, Any] = {"step": int(entry["step"])}
             for key in ("exp_avg", "exp_avg_sq"):
-                out[key] = entry[key].detach().to(p.dtype).clone()
+                out[key] = _whole(entry[key].detach()).to(p.dtype).clone()
             if "schedule" in entry:
                 projector = projector_class(
                     group["rank"], update_proj_gap=group["update_proj_gap"], alpha=group["alpha"],
                     proj_type=group["proj_type"],
                 )  # fmt: skip
-                projector.ortho_matrix = entry["projector"].detach().clone()
+                projector.ortho_matrix = _whole(entry["projector"].detach()).clone()
                 out["projector"] = projector
                 if not bool(entry["scaling_grad"].isnan()):
                     out["scaling_grad"] = entry["scaling_grad"].detach().to(p.dtype).clone()

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from pyelastic import _errors
-from pyelastic.eager import fira as eager
-from pyelastic.ops.fira import MODES, FiraState, fira, fira_state
-from pyelastic.optim import _checkpoint, _dense, projectors
+from pyelastic.ops.fira import MODES, FiraState, fira
+from pyelastic.optim import _checkpoint, _dense, _refresh, projectors
+from pyelastic.optim._refresh import STATE_DTYPES
 
 TRANSFERS = ("keep", "rotate", "reset")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.int8}
-# The overlap of two successive bases above which `adaptive_gap` doubles a matrix's gap.
-STEADY = 0.9
 
 
 class Fira(torch.optim.Optimizer):
@@ -144,7 +141,7 @@ class Fira(torch.optim.Optimizer):
         """Per projected parameter its number and its place in the refresh cycle, in [0, 1), by the work before it."""
         found: dict[Tensor, tuple[int, float]] = {}
         work = [
-            (p, p.numel() * min(group["rank"], *_matrix(p).shape))
+            (p, p.numel() * min(group["rank"], p.shape[0], math.prod(p.shape[1:])))
             for group in self.param_groups
             if "rank" in group
             for p in group["params"]
@@ -173,6 +170,9 @@ class Fira(torch.optim.Optimizer):
                     raise RuntimeError("fira: sparse gradients are not supported; use a dense embedding gradient")
         factors: dict[torch.device, Tensor | None] = {}
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and self._sharded():
+            found_inf = _distributed().agree(found_inf, self._sharded())
+        sharded: list[tuple[Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
             low: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
             dense: dict[Any, list[Tensor]] = {}
@@ -182,6 +182,9 @@ class Fira(torch.optim.Optimizer):
                 if p.device not in factors:
                     factors[p.device] = self._factor(p.device)
                 if "rank" in group and p.ndim >= 2:
+                    if _is_dtensor(p):
+                        sharded.append((p, group))
+                        continue
                     w = _matrix(p)
                     g = p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype)
                     g = _matrix(g, like=p)
@@ -195,7 +198,13 @@ class Fira(torch.optim.Optimizer):
                 self._step_low(entries, group, places, factors[device], self._on(found_inf, device))
             for (device, _), tensors in dense.items():
                 self._step_dense(tensors, group, factors[device], self._on(found_inf, device))
+        if sharded:
+            found = {device: self._on(found_inf, device) for device in factors}
+            _distributed().step(self, sharded, places, factors, found)
         return loss
+
+    def _sharded(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if _is_dtensor(p)]
 
     def _step_low(
         self, entries: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any],
@@ -233,6 +242,8 @@ class Fira(torch.optim.Optimizer):
                     state[key] = torch.zeros_like(p, dtype=exact, memory_format=torch.preserve_format)
         states = [self.state[p] for p in params]
         grads = [p.grad for p in params if p.grad is not None]
+        if any(_is_dtensor(p) for p in params):  # Adam is elementwise: each rank steps what it has
+            params, grads, states = _distributed().local_parts(params, grads, states)
         if fused:
             _dense.fused_step(params, grads, states, group, None if factor is None else 1.0 / factor, found_inf)
         else:
@@ -248,7 +259,10 @@ class Fira(torch.optim.Optimizer):
         if self._max_grad_norm is None:
             return None if scale is None else scale.to(torch.float32).reciprocal()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=_exact(g)).to(device, torch.float64) for g in grads]
+        sharded = [g for g in grads if _is_dtensor(g)]
+        grads = [g for g in grads if not _is_dtensor(g)]
+        norms = [_distributed().norm(sharded).to(device)] if sharded else []
+        norms += [torch.linalg.vector_norm(g, dtype=_exact(g)).to(device, torch.float64) for g in grads]
         total = torch.linalg.vector_norm(torch.stack(norms))
         inverse = torch.ones_like(total) if scale is None else scale.to(torch.float64).reciprocal()
         return torch.clamp(self._max_grad_norm / (total * inverse + 1e-6), max=1.0) * inverse
@@ -263,67 +277,18 @@ class Fira(torch.optim.Optimizer):
     ) -> None:
         """Count the call, and refresh the basis where one is due."""
         state = self.state[p]
-        schedule = state.get("schedule")
-        calls, refreshes, due, times = (0, 0, 0, 1) if schedule is None else schedule.tolist()
-        if calls >= due:
-            left = projectors.side_is_left(w.shape, group["proj_type"])
-            turned = schedule is not None and bool(state["left"]) != left
-            previous = None if schedule is None or turned else _basis(state)
-            rank = min(group["rank"], *w.shape)
-            seed = self._seed_of(place[0], refreshes)
-            basis = projectors.refresh(group["projector"], g, previous, rank, left, seed)
-            good = basis is not None
-            if basis is None and previous is None:
-                basis = projectors.random(g, None, rank, left, seed)  # until there is a gradient to follow
-            if basis is not None:
-                self._adopt(p, w, state, group, basis, left, previous, keep_kind=schedule is not None and not turned)
-            if good:
-                gap = group["update_proj_gap"]
-                if self._adaptive_gap and previous is not None and basis is not None:
-                    shared = previous.to(basis.dtype).mT @ basis
-                    overlap = float(shared.square().sum()) / max(rank, 1)
-                    times = times * 2 if overlap > STEADY else 1
-                offset = int(place[1] * gap) if self._stagger else 0
-                due = calls + gap * times - (calls + offset) % gap
-                refreshes += 1
-        state["schedule"] = torch.tensor([calls + 1, refreshes, due, times])
-
-    def _adopt(
-        self, p: Tensor, w: Tensor, state: dict[str, Any], group: dict[str, Any], basis: Tensor, left: bool,
-        previous: Tensor | None, keep_kind: bool,
-    ) -> None:  # fmt: skip
-        stored = (basis if left else basis.mT).to(w.dtype).contiguous()
-        rounded = (stored if left else stored.mT).to(eager.compute_dtype(w))
-        a_r = MODES[group["mode"]](group["alpha"])[0]
-        # The identity without M needs orthonormal columns, and keeps its digits for a_r away from 1.
-        exact = callable(group["projector"]) or 0.5 < a_r < 1.5
-        state.pop("gram", None)
-        if a_r != 0 and exact:
-            state["gram"] = (rounded.mT @ rounded).contiguous()
-        transfer = group["moment_transfer"]
-        if previous is not None and previous.shape[1] != basis.shape[1] and transfer == "keep":
-            transfer = "rotate"
-        if keep_kind and previous is not None and transfer == "keep":
-            state["projector"] = stored
+        due = _refresh.plan(self, state, (w.shape[0], w.shape[1]), group, place[0])
+        if due is None:
             return
-        old = dict(state)
-        compensated = group["weight_rounding"] == "compensated" and w.dtype in (torch.bfloat16, torch.float16)
-        kind = STATE_DTYPES[group["state_dtype"]]
-        fresh = fira_state(w, stored, left=left, state_dtype=kind, compensated=compensated)
-        for key in ("exp_avg", "exp_avg_sq", "projector", "step"):
-            state[key] = getattr(fresh, key)
-        state["scaling_grad"] = fresh.limiter_norm
-        state["left"] = torch.tensor(left)
-        if fresh.moment_scales is not None:
-            state["exp_avg_scale"], state["exp_avg_sq_scale"] = fresh.moment_scales
-        if fresh.remainder is not None:
-            state["remainder"] = old.get("remainder", fresh.remainder)
-        if "step" in old:
-            state["step"] = old["step"]
-            if keep_kind:
-                state["scaling_grad"] = old["scaling_grad"]
-        if keep_kind and previous is not None and transfer == "rotate":
-            _rotate(old, state, rounded.mT @ previous.to(rounded.dtype), left)
+        previous = _basis(state) if due.warm else None
+        basis = projectors.refresh(group["projector"], g, previous, due.rank, due.left, due.seed)
+        good = basis is not None
+        if basis is None and previous is None:
+            basis = projectors.random(g, None, due.rank, due.left, due.seed)  # until there is a gradient to follow
+        turn = None
+        if basis is not None and previous is not None:
+            turn = _refresh.turn(self, group, basis, previous, w.dtype)
+        _refresh.settle(self, w, state, group, due, _refresh.Found(basis, good, turn), place[1])
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -388,6 +353,17 @@ class Apollo(GaLore):
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
+def _is_dtensor(x: Tensor) -> bool:
+    return hasattr(x, "_local_tensor")
+
+
+def _distributed() -> Any:
+    """The sharded step, of pyelastic.distributed.fira, for which a torch without torch.distributed has no use."""
+    from pyelastic.distributed import fira as sharded
+
+    return sharded
+
+
 def _exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -413,16 +389,3 @@ def _as_state(state: dict[str, Any]) -> FiraState:
         state["exp_avg"], state["exp_avg_sq"], state["projector"], state["scaling_grad"], state["step"], scales,
         state.get("gram"), state.get("remainder"),
     )  # fmt: skip
-
-
-def _rotate(old: dict[str, Any], new: dict[str, Any], turn: Tensor, left: bool) -> None:
-    """Moments in the old basis expressed in the new: ``turn`` = P_new^T P_old [r_new, r_old]."""
-    for key, matrix, signed in (("exp_avg", turn, True), ("exp_avg_sq", turn.square(), False)):
-        moment = old[key].mT if left else old[key]
-        scale = f"{key}_scale"
-        moment = eager.dequantize(moment, old[scale]) if scale in old else moment.to(turn.dtype)
-        moment = moment @ matrix.mT
-        if scale in new:
-            moment, new_scale = eager.quantize(moment, signed=signed)
-            new[scale].copy_(new_scale)
-        new[key].copy_(moment.mT if left else moment)
