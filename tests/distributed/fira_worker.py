@@ -6,10 +6,9 @@ from typing import Any
 
 import launched
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pyelastic.optim import Apollo, Fira, GaLore
 
@@ -17,6 +16,7 @@ from pyelastic.optim import Apollo, Fira, GaLore
 SHAPES = [(6, 15), (17, 7), (8, 8), (3, 10), (2, 5), (1, 9), (10, 3), (5, 3, 2, 2), (7,), (1,), ()]
 LOW = 8  # of them are projected, to rank 2
 STEPS = 7
+ROWS = (Shard(0),)  # as fully_shard cuts
 # Class, options of the optimizer, of the projected group; "svd" where a basis is to be the gradient's alone.
 CASES: dict[str, tuple[type[Fira], dict[str, Any], dict[str, Any]]] = {
     "official": (Fira, {}, {}),
@@ -58,7 +58,7 @@ def gradients(step: int, dtype: torch.dtype) -> list[Tensor]:
     return out
 
 
-def make(case: str, dtype: torch.dtype, mesh: DeviceMesh | None, placements: Any = (Shard(0),), **more: Any) -> Any:
+def make(case: str, dtype: torch.dtype, mesh: DeviceMesh | None, placements: Any = ROWS, **more: Any) -> Any:
     """Parameters, whole or cut over the mesh as ``fully_shard`` cuts them, and the case's optimizer."""
     kind, options, keys = CASES[case]
     generator = torch.Generator().manual_seed(3)
@@ -89,11 +89,11 @@ def run(params: list[nn.Parameter], optimizer: Fira, dtype: torch.dtype, steps: 
 
 def nothing_left(p: Tensor, state: dict[str, Any], case: str) -> bool:
     """The subspace is everything and a_r is 1: S is zero, and its norm the rounding of one way or the other."""
-    whole_space = bool(state["left"]) and p.shape[0] <= 2 or not bool(state["left"]) and p.shape[1:].numel() <= 2
-    return whole_space and ("alpha 1" in case or case in ("right", "paper"))
+    across = p.shape[0] if bool(state["left"]) else p.shape[1:].numel()
+    return across <= 2 and ("alpha 1" in case or case in ("right", "paper"))
 
 
-def check(case: str, mesh: DeviceMesh, placements: Any = (Shard(0),)) -> None:
+def check(case: str, mesh: DeviceMesh, placements: Any = ROWS) -> None:
     """float64: within 1e-10 of one process, weights and state. float32: as far from it as one process is."""
     want, reference = make(case, torch.float64, None, backend="eager")
     truth = run(want, reference, torch.float64)
@@ -109,9 +109,10 @@ def check(case: str, mesh: DeviceMesh, placements: Any = (Shard(0),)) -> None:
             if key == "scaling_grad" and nothing_left(p, optimizer.state[p], case):
                 continue
             assert mine.shape == value.shape and mine.dtype == value.dtype, (case, i, key)
+            where = f"{case}, {i}, {key}"
             torch.testing.assert_close(
-                mine, value, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, i=i, key=key: f"{case}, {i}, {key}: {m}"
-            )  # fmt: skip
+                mine, value, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, where=where: f"{where}: {m}"
+            )
     if case == "8 bit":
         return  # a code that falls to the other side of a rounding is a difference of its own size
     errors = []
@@ -124,7 +125,7 @@ def check(case: str, mesh: DeviceMesh, placements: Any = (Shard(0),)) -> None:
 
 
 def main() -> None:
-    rank, world = launched.begin()
+    _, world = launched.begin()
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (world,))
     for case in CASES:
