@@ -11,7 +11,8 @@ and ``C_j, f_j`` gathered from there. A step, for all matrices together::
     4  W <- k W - k step (C P^T + f X)                on each rank's rows
 
 with |S|^2 from |x|^2 - 2 a_r |R|^2 + a_r^2 R^T P^T P R, as in the kernels, but for rows and a_r near 1, where that
-cancels and the residual is formed. Refreshes: pyelastic/distributed/_fira_refresh.py. Plan: docs/distributed_fira.md.
+cancels and the residual is formed. Refreshes: pyelastic/distributed/_fira_refresh.py. Bytes, limits:
+docs/distributed_fira.md.
 """
 
 from __future__ import annotations

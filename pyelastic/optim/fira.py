@@ -52,6 +52,9 @@ class Fira(torch.optim.Optimizer):
     zero or not finite keeps the basis and is tried again at the next step. Changing a group's ``alpha``, ``gamma`` and
     so on acts at once, ``rank``, ``proj_type`` and ``update_proj_gap`` at the next refresh of a matrix.
 
+    Parameters that ``fully_shard`` cut (DTensors) are stepped with collectives: all ranks call, with gradients for the
+    same parameters; see docs/distributed_fira.md. A projected one that is cut otherwise: ValueError.
+
     Raises:
         ValueError, TypeError: an argument or group key is wrong. RuntimeError: a sparse gradient.
     """

@@ -84,21 +84,22 @@ def predicted(case: str, dtype: torch.dtype, world: int, when: str) -> dict[str,
             if size == 2:
                 out["all_gather"] += (rank + 2 * norms) * across * 2
             else:
-                out["all_gather"] += ((0 if case.startswith("apollo") else rank) + norms) * across * full
-        out["all_reduce"] += 8 * norms
-        if when != "between" and case != "apollo":
+                rows = {"apollo": 1, "apollo, tensor": 0, "galore": rank}
+                out["all_gather"] += rows.get(case, rank + 1) * across * full
+        out["all_reduce"] += {"galore": 0, "apollo, tensor": 24}.get(case, 8)
+        if when != "between" and "apollo" not in case:
             out["gather"] += down * (n + (rank if left and when == "later" else 0)) * size
             out["broadcast"] += (1 + (m if left else n) * rank) * full
     out["all_reduce"] += 8 * (case == "clipped")
-    collectives = 1 + 1 + (case != "galore") + (case == "clipped")  # scatter, gather, limiter, norm
-    refreshes = 2 * (lefts + rights) if when != "between" and case != "apollo" else 0
+    collectives = 3 + (case == "clipped") - (case in ("galore", "apollo, tensor"))  # scatter, gather, limiter, norm
+    refreshes = 2 * (lefts + rights) if when != "between" and "apollo" not in case else 0
     return out | {"calls": collectives + refreshes}
 
 
 def check_bytes(mesh: DeviceMesh) -> None:
-    for case in ("official", "clipped", "galore", "apollo"):
+    for case in ("official", "clipped", "galore", "apollo", "apollo, tensor"):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            if dtype == torch.bfloat16 and case == "apollo":
+            if dtype == torch.bfloat16 and "apollo" in case:
                 continue
             params, optimizer = base.make(case, dtype, mesh)
             for t in (0, 1, 2, 4):  # the fourth call refreshes; 3 is the step of the zero gradients
