@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 HERE = Path(__file__).parent
 LOCK = Path(tempfile.gettempdir()) / "pyelastic-torchrun.lock"
-TIMEOUT = 30  # seconds that a collective waits for the other ranks
+TIMEOUT = 120  # seconds that a collective waits for the other ranks; 30 were too few on a busy machine
 
 
 def launch(worker: str, world: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -43,13 +43,18 @@ def passes(worker: str, world: int, *arguments: str) -> str:
     return done.stdout
 
 
-def begin() -> tuple[int, int]:
+def begin(timeout: float = TIMEOUT) -> tuple[int, int]:
     """Rank and world size of a worker, its process group set up."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     torch.manual_seed(0)  # the same on all ranks: each makes the whole problem and takes its part
     return dist.get_rank(), dist.get_world_size()
 
 
 def end() -> None:
+    """Every rank has come here, so each leaves at once: gloo's threads have aborted processes that had only to exit."""
+    dist.barrier()
     print("rank is done", flush=True)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

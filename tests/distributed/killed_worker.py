@@ -12,7 +12,7 @@ from pyelastic.distributed import class_sharded_margin_softmax
 
 
 def main() -> None:
-    rank, _ = launched.begin()
+    rank, _ = launched.begin(timeout=30)
     e, w = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6)
     labels = torch.randint(0, 6, (4,))
     loss = class_sharded_margin_softmax(e, w, labels)
