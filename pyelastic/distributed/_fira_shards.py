@@ -66,8 +66,13 @@ class Shards:
 
 
 def shards_of(p: Tensor) -> Shards:
-    """Of a matrix, or of a parameter [m, ...] taken as one. ValueError: its placements are others than we handle."""
+    """Of a matrix, or of a parameter [m, ...] taken as one. ValueError: it lies otherwise than we handle."""
     p = cast(DTensor, p)
+    if p.to_local().device.type != p.device_mesh.device_type:
+        raise ValueError(
+            f"fira: a projected parameter lies on {p.to_local().device}, its mesh on {p.device_mesh.device_type}; "
+            "expected one device. Not written: fully_shard's CPU offload"
+        )
     dims = [i for i, placement in enumerate(p.placements) if type(placement) is Shard and placement.dim == 0]
     if len(dims) > 1 or any(not placement.is_replicate() for i, placement in enumerate(p.placements) if i not in dims):
         raise ValueError(

@@ -44,6 +44,9 @@ def unpack(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         entry = state_dict["state"].get(i)
         if not entry:
             continue
+        # What torch's flattened optimizer states give for a tensor that was not saved: a seeded basis.
+        if isinstance(entry.get("projector"), dict):
+            del entry["projector"]
         if hasattr(entry.get("projector"), "ortho_matrix"):
             _from_official(entry, p)
         if not isinstance(entry.get("step"), Tensor):

@@ -6,6 +6,7 @@ folders: of what training gave, and of the checkpoint.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -17,7 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -92,7 +99,10 @@ def check(case: str, mode: str, folder: Path, checkpoints: Path, rank: int, worl
 
 
 def check_whole_state(case: str, rank: int, world: int) -> None:
-    """A whole state, as ``full_state_dict`` gives it, is cut again by ``set_state_dict`` and ``load_state_dict``."""
+    """A whole state, as ``full_state_dict`` gives it, is cut again by ``set_state_dict`` and ``load_state_dict``.
+
+    And flattened states, as torchtitan saves them.
+    """
     model, optimizer = build(case, sharded=True)
     train(model, optimizer, range(STEPS), rank, world)
     options = StateDictOptions(full_state_dict=True)
@@ -108,10 +118,18 @@ def check_whole_state(case: str, rank: int, world: int) -> None:
         for i, entry in plain["state"].items()
     }
     third.load_state_dict(plain)
-    for m, o in ((model, optimizer), (other, second), (third_model, third)):
+    fourth_model, fourth = build(case, sharded=True)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(model, optimizer, options=options)
+    assert all(name.startswith(("state.", "param_groups.")) for name in flat)
+    train(fourth_model, fourth, range(1), rank, world)  # a state to replace
+    fourth_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(fourth_model, fourth, copy.deepcopy(flat), options=options)
+    for m, o in ((model, optimizer), (other, second), (third_model, third), (fourth_model, fourth)):
         train(m, o, range(STEPS, 2 * STEPS), rank, world)
     close(weights(other), weights(model), f"{case}, full state")
     close(weights(third_model), weights(model), f"{case}, plain state")
+    close(weights(fourth_model), weights(model), f"{case}, flattened state")
 
 
 def main() -> None:

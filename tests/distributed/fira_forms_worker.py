@@ -249,6 +249,11 @@ def check_refusals(mesh: DeviceMesh, rank: int, world: int) -> None:
     one(Shard(1)).step()  # Adam takes any
     assert "expected them" in message_of(one(Shard(0), Replicate(), rank=2).step, ValueError)
 
+    offloaded = nn.Parameter(DTensor.from_local(torch.ones(4, 8, device="meta"), mesh, [Shard(0)], run_check=False))
+    offloaded.grad = torch.ones_like(offloaded)
+    optimizer = Fira([{"params": [offloaded], "rank": 2}])
+    assert "CPU offload" in message_of(optimizer.step, ValueError)
+
     def fails(g: Tensor, previous: Any, rank: int, left: bool) -> Tensor:
         raise KeyError("no basis")
 
