@@ -112,8 +112,8 @@ struct NlaSlots {
   const std::int64_t *sequence, *place;
 };
 
-// Tokens of a tile of x, in the forward or the backward pass.
-std::int64_t nla_tile(const NormLinearAttention<float>& x, bool backward);
+// Tokens of a tile of x.
+std::int64_t nla_tile(const NormLinearAttention<float>& x);
 // Sums over each part of `part` tokens, a multiple of kNlaMmaTokens: s [parts, kv_heads, rows, v_dim], z [parts, kv_heads, features].
 void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream);
 // As NlaKernels::scan, of `tokens` per sequence in parts of `part`, `each` of them.

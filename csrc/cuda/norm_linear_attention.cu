@@ -137,7 +137,7 @@ int tile_floats(const Problem& x) {
 
 }  // namespace
 
-std::int64_t nla_tile(const Problem& x, bool backward) { return nla_mma_fits(x) && !backward ? kNlaMmaTokens : kNlaTokens; }
+std::int64_t nla_tile(const Problem& x) { return nla_mma_fits(x) ? kNlaMmaTokens : kNlaTokens; }
 
 void nla_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream) {
   if (parts.count == 0) return;

@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   const Place at = locate(x, pieces, x.queries);
   const std::int64_t first = at.part * kMmaTile, start = first / part * part;
   if (first >= at.length) return;
-  const std::int64_t slot = state_slot(x, at, first, part, each, kv);
-  const bool known = make_queries(x, width, f, tiles, at, first, start, head, kv, z + slot * width.features, false);
+  const int slot = state_slot(x, at, first, part, each, kv);
+  const bool known = make_queries(x, width, f, tiles, at, first, start, head, kv, z + state_at(slot, width.features), false);
   float out[kPairs<kWide>][2][4];
   clear(out);
-  multiply_state(width, f, tiles, s + slot * width.features * width.v_dim, out);
+  multiply_state(width, f, tiles, s + state_at(slot, width.features * width.v_dim), out);
   for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
     make_features<false>(x, x.k, at, other, kv, x.sin != nullptr, width, tiles.others, NoLook{});
     load_values(x.v, at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);

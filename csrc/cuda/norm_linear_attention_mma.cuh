@@ -250,12 +250,15 @@ inline std::size_t state_bytes(const Problem& x) {
   return sizeof(float) * kStateFloats + 2 * kMmaTile * static_cast<std::size_t>(2 * x.dim + 8 + kStateLd);
 }
 
-// Place of the state that a tile reads.
-__device__ __forceinline__ std::int64_t state_slot(const Problem& x, const Place& at, std::int64_t first, std::int64_t part,
-                                                   std::int64_t each, std::int64_t kv) {
+// Place of the state that a tile reads: of 32 bits, as 2^31 states are a terabyte, and one register less to hold.
+__device__ __forceinline__ int state_slot(const Problem& x, const Place& at, std::int64_t first, std::int64_t part,
+                                          std::int64_t each, std::int64_t kv) {
   const std::int64_t slot = x.causal ? first_part(x, at.sequence, part, each) + first / part : at.sequence;
-  return slot * x.kv_heads + kv;
+  return static_cast<int>(slot * x.kv_heads + kv);
 }
+
+// Element of a state of `size` elements at a slot.
+__device__ __forceinline__ std::int64_t state_at(int slot, int size) { return static_cast<std::int64_t>(slot) * size; }
 
 __device__ __forceinline__ float gate_value(const Problem& x, const Place& at, std::int64_t token, std::int64_t head, int c) {
   const Bits* const gate = static_cast<const Bits*>(x.gate.data);

@@ -98,17 +98,17 @@ __device__ __forceinline__ void load_angles(const Problem& q, std::int64_t posit
   }
 }
 
-// Eight channels from c on of a row of norm r and, of queries, power p. Formulas: make_tile.
+// Eight channels from c on of a row of norm 1 / inverse and, of queries, power p. Formulas: make_tile.
 template <bool kQuery>
-__device__ __forceinline__ void features_of(const Problem& q, std::int64_t head, int c, const float (&v)[8], float r, float p,
-                                            float (&upper)[8], float (&lower)[8]) {
+__device__ __forceinline__ void features_of(const Problem& q, std::int64_t head, int c, const float (&v)[8], float inverse,
+                                            float p, float (&upper)[8], float (&lower)[8]) {
   float w[8];
   if (is_pola(q.map)) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] = power(fabsf(v[i]), c < q.dim ? q.params[head * q.dim + c + i] : 1.0f);
   } else if constexpr (kQuery) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = power(fabsf(v[i]) / r, p);
+    for (int i = 0; i < 8; ++i) w[i] = power(fabsf(v[i]) * inverse, p);
   } else if (q.key_power == 3.0f) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] = fabsf(v[i]) * v[i] * v[i];
@@ -120,7 +120,7 @@ __device__ __forceinline__ void features_of(const Problem& q, std::int64_t head,
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float slope, co, si;
-      cos_sin(kQuarter * tanh_of(q.alpha * v[i] / r, slope), co, si);
+      cos_sin(kQuarter * tanh_of(q.alpha * (v[i] * inverse), slope), co, si);
       upper[i] = w[i] * co;
       lower[i] = w[i] * si;
     }
@@ -144,18 +144,24 @@ __device__ __forceinline__ void turn_eight(float (&x)[8], const float (&s)[4], c
   }
 }
 
-// Norm and, of queries, power of a row that n threads share.
+// Norm of a row that n threads share, and of queries tanh(beta r) and its slope, and the power.
+struct Norm {
+  float r = 1, inverse = 1, p = 0, t = 0, slope = 0;
+};
 template <bool kQuery>
-__device__ __forceinline__ void norm_and_power(const Problem& q, std::int64_t head, const float (&v)[8], int n, float& r, float& p) {
+__device__ __forceinline__ Norm norm_of(const Problem& q, std::int64_t head, const float (&v)[8], int n) {
+  Norm of;
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum += v[i] * v[i];
   sum = sharers_sum(sum, n) + q.norm_eps * q.norm_eps;
-  r = sum == 0.0f ? 1.0f : sqrtf(sum);
+  of.r = sum == 0.0f ? 1.0f : sqrtf(sum);
+  of.inverse = 1.0f / of.r;
   if constexpr (kQuery) {
-    float slope;
-    p = q.params[head] * (q.params[q.q_heads + head] + tanh_of(q.params[2 * q.q_heads + head] * r, slope));
+    of.t = tanh_of(q.params[2 * q.q_heads + head] * of.r, of.slope);
+    of.p = q.params[head] * (q.params[q.q_heads + head] + of.t);
   }
+  return of;
 }
 
 // Features of rows `first` .. of a head as `to` [64][ldf], turned or not; zeros from `length` on. look(row, c, upper, lower):
@@ -171,10 +177,10 @@ __device__ __forceinline__ void make_features(const Problem& q, const HeadsView&
     const std::int64_t token = first + row;
     Eight raw{};
     if (token < at.length && c < width.dim) raw = load_eight(data + (at.begin + token) * view.token, aligned);
-    float v[8], upper[8], lower[8], r = 1, p = 0;
+    float v[8], upper[8], lower[8];
     widen(raw, v);
-    if (norm) norm_and_power<kQuery>(q, head, v, n, r, p);
-    features_of<kQuery>(q, head, c, v, r, p, upper, lower);
+    const Norm of = norm ? norm_of<kQuery>(q, head, v, n) : Norm{};
+    features_of<kQuery>(q, head, c, v, of.inverse, of.p, upper, lower);
     if (!q.rope_both) look(row, c, upper, lower);
     if (turned && c < width.dim) {
       float s[4], co[4];

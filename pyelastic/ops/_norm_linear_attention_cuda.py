@@ -16,14 +16,12 @@ from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces
 
 
 class _Problem(gpu.GpuProblem):
-    backward_pass = False
-
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
         self.module, emulated = _extension.load_cuda()
         self.stream = 0 if emulated else torch.cuda.current_stream(self.device).cuda_stream
         self.problem = self.x.problem()
-        self.tile = self.module.cuda_norm_linear_attention_tile(self.problem, self.backward_pass)
+        self.tile = self.module.cuda_norm_linear_attention_tile(self.problem)
 
     def call(self, name: str, *arguments: Any) -> None:
         plain = (pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
@@ -54,12 +52,8 @@ class _Problem(gpu.GpuProblem):
         self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), *tensors)
 
 
-class _Backward(_Problem):
-    backward_pass = True
-
-
 # The raw ops' implementations.
 forward: Any = partial(gpu.forward, _Problem)
-backward: Any = partial(gpu.backward, _Backward)
+backward: Any = partial(gpu.backward, _Problem)
 advance: Any = partial(gpu.advance, _Problem)
 why_not = gpu.why_not

@@ -64,7 +64,7 @@ def test_which_inputs_tensor_cores_take(
 
     monkeypatch.setattr(module, name, spy)
     compare("cuda", make(1, 20, heads=1, d=d, dv=dv, dtype=dtype, causal=True))
-    assert (64 in tiles) == taken
+    assert set(tiles) == {64 if taken else 16}
 
 
 @pytest.mark.parametrize("causal", (False, True))
@@ -108,7 +108,7 @@ def test_tensor_cores_polaformer(d: int, causal: bool) -> None:
         found.append([o.detach(), *(x.grad for x in leaves)])
     for rounded, exact in zip(*found, strict=True):
         error = (rounded.float() - exact).norm() / exact.norm()
-        assert error < 1e-2
+        assert 0 < error < 1e-2
 
 
 @pytest.mark.skipif(backends.EMULATOR is None, reason="the order of threads is the emulator's to choose")
