@@ -274,6 +274,7 @@ void bind_norm_linear_attention(py::module_& m) {
     const auto& [count, each, sequence, place] = s;
     return cuda::NlaSlots{count, each, as<const Int>(sequence), as<const Int>(place)};
   };
+  m.def("cuda_norm_linear_attention_tile", [=](const Arguments& x) { return cuda::nla_tile(problem(x)); });
   m.def("cuda_norm_linear_attention_state",
         [=](const Arguments& x, const Slots& parts, Int part, Pointer s, Pointer z, Pointer stream) {
           cuda::nla_state(problem(x), slots(parts), part, as<float>(s), as<float>(z), as<void>(stream));

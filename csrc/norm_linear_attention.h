@@ -109,10 +109,11 @@ PYELASTIC_DECLARE(avx2)
 PYELASTIC_DECLARE(avx512)
 #undef PYELASTIC_DECLARE
 
-// CUDA: float32 throughout, widths up to kNlaWidest. All pointers are the device's; asynchronous on `stream`.
+// CUDA: sums in float32, widths up to kNlaWidest. Tensor cores multiply where nla_mma_fits (cuda/norm_linear_attention_mma.h),
+// which rounds features, weights and states to bfloat16; all else is float32 throughout. All pointers are the device's; asynchronous on `stream`.
 namespace cuda {
 
-constexpr std::int64_t kNlaTokens = 16;   // of a tile
+constexpr std::int64_t kNlaTokens = 16, kNlaMmaTokens = 64;  // of a tile: nla_tile says which
 constexpr std::int64_t kNlaWidest = 128;  // dim and v_dim
 
 // How blocks divide the sequences into pieces (tiles or parts): `count` of them in all and `each` per sequence; packed:
@@ -122,7 +123,9 @@ struct NlaSlots {
   const std::int64_t *sequence, *place;
 };
 
-// Sums over each part of `part` tokens: s [parts, kv_heads, rows, v_dim], z [parts, kv_heads, features].
+// Tokens of a tile of x.
+std::int64_t nla_tile(const NormLinearAttention<float>& x);
+// Sums over each part of `part` tokens, a multiple of kNlaMmaTokens: s [parts, kv_heads, rows, v_dim], z [parts, kv_heads, features].
 void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream);
 // As NlaKernels::scan, of `tokens` per sequence in parts of `part`, `each` of them.
 void nla_scan(const NormLinearAttention<float>& x, std::int64_t tokens, std::int64_t part, std::int64_t each,

@@ -26,6 +26,7 @@ MATRIX += tuple(f"triton fira {stem}" for stem in FIRA)
 MATRIX += ("maxsim forward", "maxsim smooth_", "maxsim grad_documents")
 MATRIX += ("cuda sweep<Mma", "projection_linear_mma", "triton projection linear")
 MATRIX += tuple(f"norm_linear_attention {stem}" for stem in ("state", "forward", "grad_"))
+MATRIX += tuple(f"cuda nla_{stem}_mma<" for stem in ("state", "forward", "queries", "grad_state", "keys"))
 # What spills, and is known to: Triton holds operands of three TF32 products in registers twice (CONTRIBUTING.md).
 SPILLS = re.compile(r"triton norm_linear_attention ((grad_\w+|forward causal).* fp32 |grad_queries causal bf16 D128 )")
 

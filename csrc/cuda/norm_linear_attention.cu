@@ -1,10 +1,11 @@
-// norm_linear_attention on CUDA, forward: float32 products from shared memory. Contract and formulas:
+// norm_linear_attention on CUDA, forward, the general path: float32 products from shared memory. Contract and formulas:
 // ../norm_linear_attention.h.
 //
 // Blocking: a block of 128 threads makes the features of 16 tokens in shared memory (16 x 2 d, 16 KB at d = 128) and
 // multiplies them with 32 columns of the values or of a state. `nla_state` sums a part of a sequence, `nla_scan` adds parts
 // up in their order, `nla_forward` reads the sum and, causal, adds the tokens of its own part by their weights. No atomics.
 // Bytes: q, k, v read dv / 32 times from L2, o written once; a state of 4 R dv bytes per part.
+#include "norm_linear_attention_mma.h"
 #include "norm_linear_attention_tile.cuh"
 
 namespace pyelastic {
@@ -148,8 +149,11 @@ int tile_floats(const Problem& x) {
 
 }  // namespace
 
+std::int64_t nla_tile(const Problem& x) { return nla_mma_fits(x) ? kNlaMmaTokens : kNlaTokens; }
+
 void nla_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream) {
   if (parts.count == 0) return;
+  if (nla_mma_fits(x)) return nla_mma_state(x, parts, part, s, z, stream);
   const std::size_t shared = sizeof(float) * (tile_floats(x) + kTile * kColumns + 2 * x.dim * (kColumns + 1));
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.kv_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {
@@ -169,6 +173,7 @@ void nla_scan(const Problem& x, std::int64_t tokens, std::int64_t part, std::int
 void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
                  void* o, void* stream) {
   if (tiles.count == 0) return;
+  if (nla_mma_fits(x)) return nla_mma_forward(x, tiles, part, each, s, z, o, stream);
   const std::size_t shared = sizeof(float) * (2 * tile_floats(x) + 2 * kTile * kColumns + 2 * kTile * kTile + kTile);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {

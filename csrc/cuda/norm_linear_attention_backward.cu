@@ -1,8 +1,9 @@
-// norm_linear_attention on CUDA, backward. Contract and formulas: ../norm_linear_attention.h; blocking as in the forward pass.
+// norm_linear_attention on CUDA, backward, the general path. Contract and formulas: ../norm_linear_attention.h; blocking as in the forward pass.
 //
 // `nla_queries`, a block for a tile of queries: denominators and their gradients, dq, dgate, and the tile's part of the
 // parameters' gradients. `nla_grad_state` sums R phi_q y^T, y = g / D, over parts, which `nla_scan` adds up; `nla_keys`, a
 // block for a tile of keys: dk and dv. Causal tiles add the tokens of their own part by weights.
+#include "norm_linear_attention_mma.h"
 #include "norm_linear_attention_tile.cuh"
 
 namespace pyelastic {
@@ -27,11 +28,6 @@ __device__ void load_gradient(const Problem& x, const T* grad, const Place& at, 
     }
     y[i] = g;
   }
-}
-
-// What reaches a channel's magnitude, by its sign.
-__device__ __forceinline__ float by_sign(float x, float upper, float lower) {
-  return x > 0.0f ? upper : (x < 0.0f ? lower : (x == 0.0f ? 0.0f : x));
 }
 
 // What the features of a channel say to its magnitude, and to its angle (0 unless cosine).
@@ -439,6 +435,7 @@ std::size_t shared_bytes(const Problem& x) {
 void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
                  const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream) {
   if (tiles.count == 0) return;
+  if (nla_mma_fits(x)) return nla_mma_queries(x, tiles, part, each, s, z, grad, dq, dgate, d, dd, dparams, stream);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -450,6 +447,7 @@ void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64
 void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
                     const float* last, float* ds, float* dz, void* stream) {
   if (parts.count == 0) return;
+  if (nla_mma_fits(x)) return nla_mma_grad_state(x, parts, part, grad, d, dd, ds, dz, stream);
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.q_heads),
                   static_cast<unsigned>((x.v_dim + kColumns - 1) / kColumns));
   const std::size_t dim = static_cast<std::size_t>(x.dim), tile = kTile * ((dim | 1) + 2 * (2 * dim + 1) + 4);
@@ -464,6 +462,7 @@ void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const v
 void nla_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad, const float* d,
               const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams, void* stream) {
   if (tiles.count == 0) return;
+  if (nla_mma_fits(x)) return nla_mma_keys(x, tiles, part, each, grad, d, dd, ds, dz, dk, dv, dparams, stream);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;

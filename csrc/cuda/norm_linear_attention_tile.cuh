@@ -180,6 +180,11 @@ __device__ __forceinline__ void product(const float* a, int ra, int ka, const fl
   }
 }
 
+// What reaches a channel's magnitude, by its sign.
+__device__ __forceinline__ float by_sign(float x, float upper, float lower) {
+  return x > 0.0f ? upper : (x < 0.0f ? lower : (x == 0.0f ? 0.0f : x));
+}
+
 // Columns `column` .. of a head's rows as float [kTile][kColumns], zeros outside. No barrier.
 template <class T>
 __device__ void load_columns(const T* data, std::int64_t token_stride, const Place& at, std::int64_t first, std::int64_t column,

@@ -14,17 +14,14 @@ from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
 from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces
 
-TILE = 16  # kNlaTokens
-
 
 class _Problem(gpu.GpuProblem):
-    tile = TILE
-
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
         self.module, emulated = _extension.load_cuda()
         self.stream = 0 if emulated else torch.cuda.current_stream(self.device).cuda_stream
         self.problem = self.x.problem()
+        self.tile = self.module.cuda_norm_linear_attention_tile(self.problem)
 
     def call(self, name: str, *arguments: Any) -> None:
         plain = (pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)

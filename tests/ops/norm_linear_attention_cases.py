@@ -18,7 +18,6 @@ BACKENDS = backends.implemented(OP)
 KERNELS = [b for b in BACKENDS if b != "eager"]
 OPTIONS = ("mode", "rope", "causal", "key_power", "alpha", "eps", "eps_mode", "norm_eps")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-STORED = {("triton", torch.bfloat16)}
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 over_kernels = pytest.mark.parametrize("backend", KERNELS)
 
@@ -176,11 +175,18 @@ def call(
     return {"o": o, "s": after.s, "z": after.z}, leaves
 
 
+def stored(backend: str, case: Case) -> bool:
+    """Whether kernels multiply features rounded to bfloat16: on tensor cores (docs/ops)."""
+    if case.q.dtype != torch.bfloat16:
+        return False
+    return backend == "triton" or (backend == "cuda" and case.q.shape[3] % 8 == 0 and case.v.shape[3] % 8 == 0)
+
+
 def grade(backend: str, case: Case, truth: Any, name: str) -> dict[str, Any]:
-    """How exact a result must be; STORED: where kernels multiply features rounded to the inputs' dtype (docs/ops)."""
+    """How exact a result must be."""
     A, K = truth.A[name], truth.K
     dtype = case.q.dtype
-    if (backend, dtype) in STORED:
+    if stored(backend, case):
         # The float32 part of the bound, in units of the operands' dtype.
         part = oracle.TOLERANCES[oracle.DEFAULT].c_acc * K**0.5 * oracle.unit(torch.float32) / oracle.unit(dtype)
         return {"A": truth.half[name] + part * A, "K": 1, "acc": dtype, "tolerance": "stored operands"}

@@ -1,4 +1,9 @@
-"""The CUDA kernels' own cases: tiles of 16 tokens, columns of 32 values, parts of 128, any order of threads."""
+"""The CUDA kernels' own cases: tiles of 16 or 64 tokens, columns of 32 values, parts of 128, any order of threads.
+
+Tensor cores take bfloat16 inputs whose widths are multiples of 8, the general path all others.
+"""
+
+from typing import Any
 
 import backends
 import pytest
@@ -6,6 +11,7 @@ import torch
 from norm_linear_attention_cases import OP, call, compare, make, upstream_of
 
 import pyelastic
+from pyelastic import _extension
 
 pytestmark = pytest.mark.skipif("cuda" not in backends.implemented(OP), reason="no GPU and no emulator")
 
@@ -13,18 +19,14 @@ pytestmark = pytest.mark.skipif("cuda" not in backends.implemented(OP), reason="
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize(("n", "dv"), [(15, 31), (16, 32), (17, 33), (127, 4), (128, 64), (129, 65), (257, 3)])
 def test_tiles_columns_and_parts(causal: bool, n: int, dv: int) -> None:
-    compare(
-        "cuda", make(1, n, heads=1, d=4, dv=dv, causal=causal, state=True, learned=True, gate=n < 20), states=True
-    )
+    compare("cuda", make(1, n, heads=1, d=4, dv=dv, causal=causal, state=True, learned=True, gate=n < 20), states=True)
 
 
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("rope", (None, "num", "both"))
 def test_packed_parts(causal: bool, rope: str | None) -> None:
     lengths = (130, 0, 1, 128)
-    compare(
-        "cuda", make(lengths=lengths, heads=2, kv_heads=1, d=4, causal=causal, rope=rope, state=True), states=True
-    )
+    compare("cuda", make(lengths=lengths, heads=2, kv_heads=1, d=4, causal=causal, rope=rope, state=True), states=True)
 
 
 def test_widest_heads() -> None:
@@ -34,12 +36,90 @@ def test_widest_heads() -> None:
         call("cuda", make(1, 2, d=130, dv=4))
 
 
+TENSOR_CORES = {"dtype": torch.bfloat16, "heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "dtype", "taken"),
+    [
+        (8, 8, torch.bfloat16, True),
+        (128, 128, torch.bfloat16, True),
+        (12, 8, torch.bfloat16, False),
+        (8, 12, torch.bfloat16, False),
+        (8, 8, torch.float16, False),
+        (8, 8, torch.float32, False),
+    ],
+)
+def test_which_inputs_tensor_cores_take(
+    monkeypatch: pytest.MonkeyPatch, d: int, dv: int, dtype: torch.dtype, taken: bool
+) -> None:
+    """And what they change: results of the same numbers, in other bits."""
+    module, _ = _extension.load_cuda()
+    tiles, name = [], "cuda_norm_linear_attention_tile"
+    original = getattr(module, name)
+
+    def spy(*arguments: Any) -> int:
+        tiles.append(original(*arguments))
+        return int(tiles[-1])
+
+    monkeypatch.setattr(module, name, spy)
+    compare("cuda", make(1, 20, heads=1, d=d, dv=dv, dtype=dtype, causal=True))
+    assert set(tiles) == {64 if taken else 16}
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("rope", (None, "num", "both"))
+@pytest.mark.parametrize(("d", "dv"), [(8, 24), (24, 8), (40, 72), (72, 40), (128, 16)])
+def test_tensor_cores_widths(d: int, dv: int, rope: str | None, causal: bool) -> None:
+    """Odd multiples of 8, whose last columns share an instruction with what is not theirs."""
+    case = make(1, 67, d=d, dv=dv, rope=rope, causal=causal, gate=d == 40, learned=True, **TENSOR_CORES)
+    compare("cuda", case, states=True)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("n", (1, 63, 64, 65, 127, 128, 129, 200, 257))
+def test_tensor_cores_tiles_and_parts(n: int, causal: bool) -> None:
+    case = make(1, n, d=8, dv=16, causal=causal, state=True, gate=n % 2 == 0, mode="cos", **TENSOR_CORES)
+    compare("cuda", case, states=True)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("rope", (None, "num", "both"))
+def test_tensor_cores_packed(causal: bool, rope: str | None) -> None:
+    lengths = (130, 0, 1, 128, 70)
+    case = make(
+        lengths=lengths, heads=4, kv_heads=2, d=16, dv=8, causal=causal, rope=rope, state=True, dtype=torch.bfloat16
+    )
+    compare("cuda", case, states=True)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("d", (16, 72))
+def test_tensor_cores_polaformer(d: int, causal: bool) -> None:
+    """Against the general path with float32 inputs of the same numbers (its own truth: test_linear_attention_maps)."""
+    random, device = torch.Generator().manual_seed(3), backends.device_of("cuda")
+    q, k, v, upstream = (torch.randn(1, 70, 2, w, generator=random).bfloat16() for w in (d, d, 16, 16))
+    power, found = 1 + 2 * torch.rand(2, d, generator=random), []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        leaves.append(power.clone().to(device).requires_grad_())
+        o = pyelastic.polaformer_attention(*leaves, causal=causal, backend="cuda", eps=1e-3)
+        o.backward(upstream.to(o))
+        found.append([o.detach(), *(x.grad for x in leaves)])
+    for rounded, exact in zip(*found, strict=True):
+        error = (rounded.float() - exact).norm() / exact.norm()
+        assert 0 < error < 1e-2
+
+
 @pytest.mark.skipif(backends.EMULATOR is None, reason="the order of threads is the emulator's to choose")
 @pytest.mark.parametrize("causal", (False, True))
-def test_order_of_threads_and_blocks_changes_no_bit(causal: bool) -> None:
+@pytest.mark.parametrize("tensor_cores", (False, True))
+def test_order_of_threads_and_blocks_changes_no_bit(causal: bool, tensor_cores: bool) -> None:
     emulator = backends.EMULATOR
     assert emulator is not None
-    case, found = make(1, 40, heads=2, kv_heads=1, d=4, causal=causal, gate=True, learned=True, rope="num"), []
+    sizes = {"d": 8, "dv": 8, "dtype": torch.bfloat16} if tensor_cores else {"d": 4}
+    case = make(1, 70, heads=2, kv_heads=1, causal=causal, gate=True, learned=True, rope="num", **sizes)
+    found = []
     for seed in range(3):
         emulator.set_seed(seed)
         made, leaves = call("cuda", case)

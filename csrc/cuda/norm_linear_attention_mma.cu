@@ -1,0 +1,120 @@
+// norm_linear_attention on CUDA, forward, on tensor cores: bfloat16 inputs of widths that are multiples of 8. Contract and
+// formulas: ../norm_linear_attention.h.
+//
+// Blocking: blocks of 256 threads. `state`, a block for a part of a sequence and 64 columns of the values: the sum stays
+// in registers while tiles of 64 keys pass by. `forward`, a block for 64 queries of a head and all columns: 16 x 64 (or 32) of
+// the output in a warp's registers; the state comes in pieces of 64 features. Causal, tiles of 64 keys of the part follow.
+// Features, weights and states are rounded to bfloat16 once, for the products; sums, z and denominators are float32.
+// Bytes: q, o once; k, v once a 64 columns, causal 1.5 times; a state of 8 d dv bytes a tile, from L2.
+#include "norm_linear_attention_mma.h"
+#include "norm_linear_attention_mma.cuh"
+
+namespace pyelastic {
+namespace cuda {
+namespace {
+
+template <bool kWide>
+__global__ void __launch_bounds__(kMmaThreads, 2)
+    nla_state_mma(Problem x, NlaSlots parts, std::int64_t part, float* s /* [parts, Hk, 2 d, dv] */, float* z /* [parts, Hk, 2 d] */) {
+  DYN_SHARED(float, shared);
+  const Widths width(x);
+  const Fragment f;
+  Bits* const keys = reinterpret_cast<Bits*>(shared + kStateFloats);  // [64][ldf]
+  Bits* const values = keys + kMmaTile * width.ldf;  // [64][kStateLd]
+  const std::int64_t head = blockIdx.y;
+  const int column = static_cast<int>(blockIdx.z) * kStateColumns;
+  const Place at = locate(x, parts, x.keys);
+  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  if (first >= at.length) return;
+  Place inside = at;
+  inside.length = end;
+  StateSums<kWide> sums(shared);
+  for (std::int64_t token = first; token < end; token += kMmaTile) {
+    __syncthreads();
+    make_features<false>(x, x.k, inside, token, head, x.sin != nullptr, width, keys, SumInto{sums.z});
+    load_values(x.v, inside, token, head, column, kStateColumns, width.v_dim, values, kStateLd);
+    __syncthreads();
+    sums.add(width, f, keys, values);
+  }
+  const std::int64_t slot = static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + head;
+  sums.store(width, f, column, s + slot * width.features * width.v_dim, blockIdx.z == 0 ? z + slot * width.features : nullptr);
+}
+
+template <bool kWide>
+__global__ void __launch_bounds__(kMmaThreads, 2)
+    nla_forward_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z,
+                    Bits* o /* [batch, queries, Hq, dv] */) {
+  DYN_SHARED(float, shared);
+  const Widths width(x);
+  const Fragment f;
+  const Tiles tiles(shared, width);
+  const std::int64_t head = blockIdx.y, kv = head / (x.q_heads / x.kv_heads);
+  const Place at = locate(x, pieces, x.queries);
+  const std::int64_t first = at.part * kMmaTile, start = first / part * part;
+  if (first >= at.length) return;
+  const int slot = state_slot(x, at, first, part, each, kv);
+  const bool known = make_queries(x, width, f, tiles, at, first, start, head, kv, z + state_at(slot, width.features), false);
+  float out[kPairs<kWide>][2][4];
+  clear(out);
+  multiply_state(width, f, tiles, s + state_at(slot, width.features * width.v_dim), out);
+  for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
+    make_features<false>(x, x.k, at, other, kv, x.sin != nullptr, width, tiles.others, NoLook{});
+    load_values(x.v, at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
+    weigh_keys(width, f, tiles, static_cast<int>(first - other), true, !known);
+    multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = f.row + f.g + 8 * r;
+    const std::int64_t token = first + row;
+    if (token >= at.length) continue;
+    const float d = tiles.d[row] + effective_eps(x, at, token);
+    Bits* const to = o + ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * width.v_dim;
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs<kWide>; ++i) {
+      const int c = 16 * (f.half + i / 2 * 2) + i % 2 * 8 + 2 * f.t;
+      if (c >= width.v_dim) continue;
+      float low = out[i / 2][i % 2][2 * r] / d, high = out[i / 2][i % 2][2 * r + 1] / d;
+      if (x.gate.data != nullptr) {
+        const float a = gate_value(x, at, token, head, c), b = gate_value(x, at, token, head, c + 1);
+        low *= a * sigmoid(a);
+        high *= b * sigmoid(b);
+      }
+      *reinterpret_cast<std::uint32_t*>(to + c) = pack(low, high, BF16{});
+    }
+  }
+}
+
+}  // namespace
+
+bool nla_mma_fits(const Problem& x) {
+  const auto width = [](std::int64_t w) { return w > 0 && w % 8 == 0 && w <= kNlaWidest; };
+  return x.dtype == Dtype::bfloat16 && x.map != FeatureMap::mala && width(x.dim) && width(x.v_dim);
+}
+
+void nla_mma_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream) {
+  const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.kv_heads),
+                  static_cast<unsigned>((x.v_dim + kStateColumns - 1) / kStateColumns));
+  const std::size_t shared = state_bytes(x);
+  if (x.dim > 64) {
+    LAUNCH((nla_state_mma<true>), grid, kMmaThreads, shared, stream, x, parts, part, s, z);
+  } else {
+    LAUNCH((nla_state_mma<false>), grid, kMmaThreads, shared, stream, x, parts, part, s, z);
+  }
+}
+
+void nla_mma_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
+                     void* o, void* stream) {
+  const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
+  const std::size_t shared = Tiles::bytes(x);
+  Bits* const to = static_cast<Bits*>(o);
+  if (x.v_dim > 64) {
+    LAUNCH((nla_forward_mma<true>), grid, kMmaThreads, shared, stream, x, tiles, part, each, s, z, to);
+  } else {
+    LAUNCH((nla_forward_mma<false>), grid, kMmaThreads, shared, stream, x, tiles, part, each, s, z, to);
+  }
+}
+
+}  // namespace cuda
+}  // namespace pyelastic

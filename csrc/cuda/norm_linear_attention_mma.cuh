@@ -1,0 +1,271 @@
+// Products of norm_linear_attention's tensor-core kernels, and the tiles that a block of them works with. Contract and formulas:
+// ../norm_linear_attention.h.
+#pragma once
+
+#include "norm_linear_attention_mma_features.cuh"
+
+namespace pyelastic {
+namespace cuda {
+namespace {
+
+// Fragments: 16 rows of A [rows][k], and two groups of 8 columns of B, stored as rows of columns ([n][k]) or of k ([k][n]).
+__device__ __forceinline__ void fragment_a(std::uint32_t (&a)[4], const Bits* from, int ld, int lane) {
+  ldmatrix_x4(a, from + lane % 16 * ld + lane / 16 * 8);
+}
+__device__ __forceinline__ void fragment_a_trans(std::uint32_t (&a)[4], const Bits* from, int ld, int lane) {
+  ldmatrix_x4_trans(a, from + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+}
+__device__ __forceinline__ void fragment_b(std::uint32_t (&b)[4], const Bits* from, int ld, int lane) {
+  ldmatrix_x4(b, from + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+}
+__device__ __forceinline__ void fragment_b_trans(std::uint32_t (&b)[4], const Bits* from, int ld, int lane) {
+  ldmatrix_x4_trans(b, from + lane % 16 * ld + lane / 16 * 8);
+}
+__device__ __forceinline__ void multiply(float (&sums)[2][4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[4]) {
+  const std::uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+  mma_m16n8k16(sums[0], a, low, BF16{});
+  mma_m16n8k16(sums[1], a, high, BF16{});
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&sums)[kCount][2][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0.0f;
+}
+
+// sums += left [64][depth] right [depth][columns], of the columns below `columns`.
+template <int kCount>
+__device__ __forceinline__ void multiply_rows(const Fragment& f, const Bits* left, int ld_left, const Bits* right, int ld_right,
+                                              int depth, int columns, float (&sums)[kCount][2][4]) {
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 16) {
+    std::uint32_t a[4];
+    fragment_a(a, left + f.row * ld_left + k, ld_left, f.lane);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int column = 16 * (f.half + 2 * i);
+      if (column >= columns) continue;
+      std::uint32_t b[4];
+      fragment_b_trans(b, right + k * ld_right + column, ld_right, f.lane);
+      multiply(sums[i], a, b);
+    }
+  }
+}
+
+// Weights of 64 tokens and 64 others, left [64][depth] right^T: this warp's 16 rows and columns 32 half .. + 31.
+__device__ __forceinline__ void multiply_tokens(const Fragment& f, const Bits* left, const Bits* right, int ld, int depth,
+                                                float (&w)[2][2][4]) {
+  clear(w);
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 16) {
+    std::uint32_t a[4];
+    fragment_a(a, left + f.row * ld + k, ld, f.lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      std::uint32_t b[4];
+      fragment_b(b, right + (32 * f.half + 16 * i) * ld + k, ld, f.lane);
+      multiply(w[i], a, b);
+    }
+  }
+}
+
+// Zero where the token of the row may not meet that of the column; `ahead`: row's token minus column's, of the first ones.
+template <bool kRowsLater>
+__device__ __forceinline__ void mask_tokens(const Fragment& f, int ahead, float (&w)[2][2][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int row = f.row + f.g + i / 2 % 2 * 8, column = 32 * f.half + i / 8 * 16 + i / 4 % 2 * 8 + 2 * f.t + i % 2;
+    const int after = ahead + row - column;
+    if (kRowsLater ? after < 0 : after > 0) w[i / 8][i / 4 % 2][i % 4] = 0.0f;
+  }
+}
+
+// Rounded to `to` [64][kWeightsLd].
+__device__ __forceinline__ void store_tokens(const Fragment& f, const float (&w)[2][2][4], Bits* to) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = f.row + f.g + i % 2 * 8, column = 32 * f.half + i / 4 * 16 + i / 2 % 2 * 8 + 2 * f.t;
+    const float* const pair = &w[i / 4][i / 2 % 2][i % 2 * 2];
+    *reinterpret_cast<std::uint32_t*>(to + row * kWeightsLd + column) = pack(pair[0], pair[1], BF16{});
+  }
+}
+
+// Sums of this warp's columns to `to` [2][64].
+__device__ __forceinline__ void sum_tokens(const Fragment& f, const float (&w)[2][2][4], float* to) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += w[i / 2][i % 2][2 * r] + w[i / 2][i % 2][2 * r + 1];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    if (f.t == 0) to[f.half * kMmaTile + f.row + f.g + 8 * r] = sum;
+  }
+}
+
+// A block's shared memory: its own tokens' features, values (or a piece of a state), and, causal, other tokens' features and
+// the weights between both; then the denominators and scratch.
+struct Tiles {
+  Bits *own, *values, *others, *weights;  // [64][ldf], [64][ldv], [64][ldf], [64][kWeightsLd]
+  float *d, *sums;                        // [64], [2][64]
+
+  static std::size_t bytes(const Problem& x) {
+    const std::size_t ldf = static_cast<std::size_t>(2 * x.dim + 8), ldv = static_cast<std::size_t>((x.v_dim + 15) / 16 * 16 + 8);
+    return kMmaTile * (2 * (ldf + ldv + (x.causal ? ldf + kWeightsLd : 0)) + 3 * sizeof(float));
+  }
+  __device__ Tiles(float* room, const Widths& width) {
+    d = room;
+    sums = d + kMmaTile;
+    own = reinterpret_cast<Bits*>(sums + 2 * kMmaTile);
+    values = own + kMmaTile * width.ldf;
+    others = values + kMmaTile * width.ldv;
+    weights = others + kMmaTile * width.ldf;
+  }
+};
+
+// Weights of own queries and other keys, `ahead` tokens before; rounded to `weights` if `keep`, summed into d if `sum`.
+// Begins and ends with a barrier.
+__device__ __forceinline__ void weigh_keys(const Widths& width, const Fragment& f, const Tiles& tiles, int ahead, bool keep,
+                                           bool sum) {
+  __syncthreads();
+  float w[2][2][4];
+  multiply_tokens(f, tiles.own, tiles.others, width.ldf, width.features, w);
+  mask_tokens<true>(f, ahead, w);
+  if (keep) store_tokens(f, w, tiles.weights);
+  if (sum) sum_tokens(f, w, tiles.sums);
+  __syncthreads();
+  if (sum && threadIdx.x < kMmaTile) {
+    tiles.d[threadIdx.x] += tiles.sums[threadIdx.x] + tiles.sums[kMmaTile + threadIdx.x];
+  }
+}
+
+// The features of a tile of queries, turned, in `own`, and d of the tokens before `start` (all, if start > first). Those from
+// `start` on follow where `whole` is set or the weights of the denominator are others than the numerator's; returns
+// whether they did. Ends with a barrier.
+__device__ __forceinline__ bool make_queries(const Problem& x, const Widths& width, const Fragment& f, const Tiles& tiles,
+                                             const Place& at, std::int64_t first, std::int64_t start, std::int64_t head,
+                                             std::int64_t kv, const float* z, bool whole) {
+  const bool rope = x.sin != nullptr, apart = x.causal && rope && !x.rope_both, now = x.causal && (whole || apart);
+  make_features<true>(x, x.q, at, first, head, rope && !apart, width, tiles.own,
+                      DotWith{z, tiles.d, width.dim, sharers(width.dim)});
+  for (std::int64_t other = start; now && other <= first; other += kMmaTile) {
+    make_features<false>(x, x.k, at, other, kv, rope && !apart, width, tiles.others, NoLook{});
+    weigh_keys(width, f, tiles, static_cast<int>(first - other), false, true);
+    __syncthreads();  // sums, and the other tokens
+  }
+  if (apart) make_features<true>(x, x.q, at, first, head, true, width, tiles.own, NoLook{});
+  __syncthreads();
+  return now;
+}
+
+// sums += the products of own features [64][features] and a state [features][v_dim]. Begins and ends with a barrier.
+template <int kCount>
+__device__ __forceinline__ void multiply_state(const Widths& width, const Fragment& f, const Tiles& tiles, const float* state,
+                                               float (&sums)[kCount][2][4]) {
+  for (int k = 0; k < width.features; k += kMmaTile) {
+    const int depth = width.features - k < kMmaTile ? width.features - k : kMmaTile;
+    __syncthreads();
+    load_state(state, width, tiles.values, [&](int i) { return i < depth ? k + i : -1; });
+    __syncthreads();
+    multiply_rows(f, tiles.own + k, width.ldf, tiles.values, width.ldv, depth, width.v_dim, sums);
+  }
+  __syncthreads();
+}
+
+// look of keys: this thread's eight channels of both halves, summed over the rows it makes in its words of `room`.
+struct SumInto {
+  float* room;  // [16][kMmaThreads]
+  __device__ __forceinline__ float& at(int i) const { return room[i * kMmaThreads + static_cast<int>(threadIdx.x)]; }
+  __device__ __forceinline__ void operator()(int, int, const float (&upper)[8], const float (&lower)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      at(i) += upper[i];
+      at(8 + i) += lower[i];
+    }
+  }
+};
+
+// A part's sums of features times 64 columns of values, features 16 (warp + 8 i) .. + 15 in a warp; and of features, in
+// shared memory: with them wide heads would spill.
+template <bool kWide>
+struct StateSums {
+  static constexpr int kBlocks = kWide ? 2 : 1;
+  float s[4 * kBlocks][2][4];
+  float* z;  // [16][kMmaThreads]
+  __device__ explicit StateSums(float* room) : z(room) {
+    clear(s);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) SumInto{z}.at(i) = 0.0f;
+  }
+  // s += features^T values, of 64 tokens.
+  __device__ __forceinline__ void add(const Widths& width, const Fragment& f, const Bits* features, const Bits* values) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll 1
+    for (int k = 0; k < kMmaTile; k += 16) {
+      std::uint32_t a[kBlocks][4];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int r = 16 * (warp + 8 * i);
+        if (r < width.features) fragment_a_trans(a[i], features + k * width.ldf + r, width.ldf, f.lane);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        std::uint32_t b[4];
+        fragment_b_trans(b, values + k * kStateLd + 16 * j, kStateLd, f.lane);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          if (16 * (warp + 8 * i) < width.features) multiply(s[4 * i + j], a[i], b);
+        }
+      }
+    }
+  }
+  // to_s [features][v_dim] from `column` on; to_z [features] or null.
+  __device__ __forceinline__ void store(const Widths& width, const Fragment& f, int column, float* to_s, float* to_z) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, n = sharers(width.dim);
+#pragma unroll
+    for (int i = 0; i < 8 * kBlocks; ++i) {
+      const int at = column + i / 2 % 4 * 16 + i % 2 * 8 + 2 * f.t, row = 16 * (warp + i / 8 * 8) + f.g;
+      if (row >= width.features || at >= width.v_dim) continue;
+      const float* const x = s[i / 2][i % 2];
+      float* const to = to_s + row * width.v_dim + at;
+      to[0] = x[0];
+      to[1] = x[1];
+      to[8 * width.v_dim] = x[2];
+      to[8 * width.v_dim + 1] = x[3];
+    }
+    if (to_z == nullptr) return;
+    __syncthreads();
+    for (int r = static_cast<int>(threadIdx.x); r < width.features; r += kMmaThreads) {
+      const int half = r / width.dim, c = r % width.dim;
+      const float* const from = z + (8 * half + c % 8) * kMmaThreads + c / 8;
+      float sum = 0;
+      for (int thread = 0; thread < kMmaThreads; thread += n) sum += from[thread];
+      to_z[r] = sum;
+    }
+  }
+};
+
+constexpr int kStateFloats = 16 * kMmaThreads;
+inline std::size_t state_bytes(const Problem& x) {
+  return sizeof(float) * kStateFloats + 2 * kMmaTile * static_cast<std::size_t>(2 * x.dim + 8 + kStateLd);
+}
+
+// Place of the state that a tile reads: of 32 bits, as 2^31 states are a terabyte, and one register less to hold.
+__device__ __forceinline__ int state_slot(const Problem& x, const Place& at, std::int64_t first, std::int64_t part,
+                                          std::int64_t each, std::int64_t kv) {
+  const std::int64_t slot = x.causal ? first_part(x, at.sequence, part, each) + first / part : at.sequence;
+  return static_cast<int>(slot * x.kv_heads + kv);
+}
+
+// Element of a state of `size` elements at a slot.
+__device__ __forceinline__ std::int64_t state_at(int slot, int size) { return static_cast<std::int64_t>(slot) * size; }
+
+__device__ __forceinline__ float gate_value(const Problem& x, const Place& at, std::int64_t token, std::int64_t head, int c) {
+  const Bits* const gate = static_cast<const Bits*>(x.gate.data);
+  const Bits bits = gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c];
+  return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace pyelastic
