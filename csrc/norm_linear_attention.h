@@ -131,7 +131,9 @@ void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t
 void nla_scan(const NormLinearAttention<float>& x, std::int64_t tokens, std::int64_t part, std::int64_t each,
               std::int64_t width, const float* initial, bool exclusive, bool reverse, float* parts, float* total,
               void* stream);
-// s, z: of the whole, or causal, before each part; each: parts of a sequence.
+// s, z: of the whole, or causal, before each part; each: parts of a sequence. Null in nla_forward and nla_queries, as ds and
+// dz in nla_keys: quadratic order, without states ("alone"). Then x is not packed, not mala and has no s0 and z0, queries and
+// keys are 1 .. `part` tokens, and a query meets all keys of its sequence, causal those up to it, by weights.
 void nla_forward(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
                  const float* z, void* o, void* stream);
 // d, dd [batch * queries, q_heads]; dparams [tiles, q_heads, 3], pola [tiles, q_heads, dim]. States of mala have 2 dim rows

@@ -3,7 +3,8 @@
 //
 // Blocking: a block of 128 threads makes the features of 16 tokens in shared memory (16 x 2 d, 16 KB at d = 128) and
 // multiplies them with 32 columns of the values or of a state. `nla_state` sums a part of a sequence, `nla_scan` adds parts
-// up in their order, `nla_forward` reads the sum and, causal, adds the tokens of its own part by their weights. No atomics.
+// up in their order, `nla_forward` reads the sum and, causal, adds the tokens of its own part by their weights; alone, all
+// tokens by their weights. No atomics.
 // Bytes: q, k, v read dv / 32 times from L2, o written once; a state of 4 R dv bytes per part.
 #include "norm_linear_attention_mma.h"
 #include "norm_linear_attention_tile.cuh"
@@ -90,10 +91,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   std::int64_t slot = at.sequence;
   if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
   slot = slot * x.kv_heads + kv;
+  const bool alone = s == nullptr;
+  const int depth = alone ? 0 : rows;  // of the products with the state, which without any are zeros
+  const Met met = keys_met(x, at, first, part, kTile, alone);
   const int width = x.v_dim - column < kColumns ? static_cast<int>(x.v_dim - column) : kColumns;
   make_tile<T>(x, x.q, at, first, head, true, query);
   const float* const plain = x.rope_both ? query.g : query.f;
-  product(plain, query.ldf, 1, z + slot * rows, 1, 0, kTile, rows, 1, d, 1, false);
+  product(plain, query.ldf, 1, alone ? nullptr : z + slot * rows, 1, 0, kTile, depth, 1, d, 1, false);
   const bool mala = x.map == FeatureMap::mala;
   if (mala) {
     __syncthreads();
@@ -105,23 +109,22 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     __syncthreads();
   }
-  product(query.g, query.ldf, 1, s + slot * rows * x.v_dim + column, x.v_dim, 1, kTile, rows, width, out, kColumns, false);
-  if (x.causal) {
-    const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
-    for (std::int64_t other = first / part * part; other <= first; other += kTile) {
-      make_tile<T>(x, x.k, at, other, kv, false, key);
-      load_columns(values, x.v.token, at, other, column, x.v_dim, v);
-      const float* const plain_k = x.rope_both ? key.g : key.f;
-      product(query.g, query.ldf, 1, key.g, 1, key.ldf, kTile, rows, kTile, weights, kTile, false);
-      product(plain, query.ldf, 1, plain_k, 1, key.ldf, kTile, rows, kTile, weights + kTile * kTile, kTile, false);
-      for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-        if (other + i % kTile > first + i / kTile) weights[i] = weights[kTile * kTile + i] = 0.0f;
-      }
-      __syncthreads();
-      product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, out, kColumns, true);
-      if (threadIdx.x < kTile) {
-        for (int j = 0; j < kTile; ++j) d[threadIdx.x] += weights[kTile * kTile + threadIdx.x * kTile + j];
-      }
+  product(query.g, query.ldf, 1, alone ? nullptr : s + slot * rows * x.v_dim + column, x.v_dim, 1, kTile, depth, width, out,
+          kColumns, false);
+  const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
+  for (std::int64_t other = met.first; other < met.end; other += kTile) {
+    make_tile<T>(x, x.k, met.at, other, kv, false, key);
+    load_columns(values, x.v.token, met.at, other, column, x.v_dim, v);
+    const float* const plain_k = x.rope_both ? key.g : key.f;
+    product(query.g, query.ldf, 1, key.g, 1, key.ldf, kTile, rows, kTile, weights, kTile, false);
+    product(plain, query.ldf, 1, plain_k, 1, key.ldf, kTile, rows, kTile, weights + kTile * kTile, kTile, false);
+    for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+      if (x.causal && other + i % kTile > first + i / kTile) weights[i] = weights[kTile * kTile + i] = 0.0f;
+    }
+    __syncthreads();
+    product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, out, kColumns, true);
+    if (threadIdx.x < kTile) {
+      for (int j = 0; j < kTile; ++j) d[threadIdx.x] += weights[kTile * kTile + threadIdx.x * kTile + j];
     }
   }
   __syncthreads();

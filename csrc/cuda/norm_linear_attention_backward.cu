@@ -2,7 +2,7 @@
 //
 // `nla_queries`, a block for a tile of queries: denominators and their gradients, dq, dgate, and the tile's part of the
 // parameters' gradients. `nla_grad_state` sums R phi_q y^T, y = g / D, over parts, which `nla_scan` adds up; `nla_keys`, a
-// block for a tile of keys: dk and dv. Causal tiles add the tokens of their own part by weights.
+// block for a tile of keys: dk and dv. Causal tiles add the tokens of their own part by weights; without states, all do all.
 #include "norm_linear_attention_mma.h"
 #include "norm_linear_attention_tile.cuh"
 
@@ -80,20 +80,23 @@ __global__ void __launch_bounds__(kThreads, 3)
   std::int64_t slot = at.sequence;
   if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
   slot = slot * x.kv_heads + kv;
-  const float* const state = s + slot * rows * x.v_dim;
-  const std::int64_t start = x.causal ? first / part * part : first + kTile;
+  const bool alone = s == nullptr;
+  const float* const state = alone ? nullptr : s + slot * rows * x.v_dim;
+  const Met met = keys_met(x, at, first, part, kTile, alone);
   const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
   const T* const gate = static_cast<const T*>(x.gate.data);
   make_tile<T>(x, x.q, at, first, head, true, query);
   const float* const plain = x.rope_both ? query.g : query.f;
   const float* const plain_k = x.rope_both ? key.g : key.f;
-  product(plain, ld, 1, z + slot * rows, 1, 0, kTile, rows, 1, d, 1, false);
-  for (std::int64_t other = start; other <= first; other += kTile) {
-    make_tile<T>(x, x.k, at, other, kv, false, key);
+  product(plain, ld, 1, alone ? nullptr : z + slot * rows, 1, 0, kTile, alone ? 0 : rows, 1, d, 1, false);
+  for (std::int64_t other = met.first; other < met.end; other += kTile) {
+    make_tile<T>(x, x.k, met.at, other, kv, false, key);
     product(plain, ld, 1, plain_k, 1, ld, kTile, rows, kTile, weights, kTile, false);
     __syncthreads();
     if (threadIdx.x < kTile) {
-      for (int j = 0; j < kTile && other + j <= first + threadIdx.x; ++j) d[threadIdx.x] += weights[threadIdx.x * kTile + j];
+      for (int j = 0; j < kTile && (!x.causal || other + j <= first + threadIdx.x); ++j) {
+        d[threadIdx.x] += weights[threadIdx.x * kTile + j];
+      }
     }
   }
   if (threadIdx.x < kTile) {
@@ -112,17 +115,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
     load_gradient(x, grad, at, first, head, column, d, y);
     __syncthreads();
-    product(y, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
+    if (!alone) product(y, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
     if (gate != nullptr) {
-      product(query.g, ld, 1, state + column, x.v_dim, 1, kTile, rows, width, o, kColumns, false);
+      product(query.g, ld, 1, alone ? nullptr : state + column, x.v_dim, 1, kTile, alone ? 0 : rows, width, o, kColumns, false);
     }
-    for (std::int64_t other = start; other <= first; other += kTile) {
-      make_tile<T>(x, x.k, at, other, kv, false, key);
-      load_columns(values, x.v.token, at, other, column, x.v_dim, v);
+    for (std::int64_t other = met.first; other < met.end; other += kTile) {
+      make_tile<T>(x, x.k, met.at, other, kv, false, key);
+      load_columns(values, x.v.token, met.at, other, column, x.v_dim, v);
       __syncthreads();
       product(y, kColumns, 1, v, 1, kColumns, kTile, kColumns, kTile, weights, kTile, false);
       for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-        if (other + i % kTile > first + i / kTile) weights[i] = 0.0f;
+        if (x.causal && other + i % kTile > first + i / kTile) weights[i] = 0.0f;
       }
       __syncthreads();
       product(weights, kTile, 1, key.g, ld, 1, kTile, kTile, rows, h, ld, true);
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       __syncthreads();
       product(query.g, ld, 1, key.g, 1, ld, kTile, rows, kTile, weights, kTile, false);
       for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-        if (other + i % kTile > first + i / kTile) weights[i] = 0.0f;
+        if (x.causal && other + i % kTile > first + i / kTile) weights[i] = 0.0f;
       }
       __syncthreads();
       product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, o, kColumns, true);
@@ -172,13 +175,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
   }
   if (x.sin != nullptr && !x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
-  for (int i = threadIdx.x; i < kTile * rows; i += kThreads) {
+  for (int i = threadIdx.x; i < kTile * rows && !alone; i += kThreads) {
     h[i / rows * ld + i % rows] += dd[i / rows] * z[slot * rows + i % rows];
   }
-  for (std::int64_t other = start; other <= first; other += kTile) {
-    make_tile<T>(x, x.k, at, other, kv, false, key);
+  for (std::int64_t other = met.first; other < met.end; other += kTile) {
+    make_tile<T>(x, x.k, met.at, other, kv, false, key);
     for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-      weights[i] = other + i % kTile <= first + i / kTile ? dd[i / kTile] : 0.0f;
+      weights[i] = !x.causal || other + i % kTile <= first + i / kTile ? dd[i / kTile] : 0.0f;
     }
     __syncthreads();
     product(weights, kTile, 1, plain_k, ld, 1, kTile, kTile, rows, h, ld, true);
@@ -317,12 +320,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   std::int64_t slot = at.sequence;
   if (x.causal) slot = first_part(x, at.sequence, part, each) + first / part;
   slot = slot * x.kv_heads + kv;
-  const float* const state = ds + slot * rows * x.v_dim;
-  std::int64_t end = first;  // of the queries that meet these keys by weights
-  if (x.causal) {
-    end = (first / part + 1) * part;
-    end = end < at.length ? end : at.length;
-  }
+  const bool alone = ds == nullptr;
+  const float* const state = alone ? nullptr : ds + slot * rows * x.v_dim;
+  const Met met = queries_met(x, at, first, part, alone);
   const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
   const float* const plain = x.rope_both ? query.g : query.f;
   make_tile<T>(x, x.k, at, first, kv, false, key);
@@ -332,29 +332,29 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
     load_columns(values, x.v.token, at, first, column, x.v_dim, v);
     __syncthreads();
-    product(v, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
-    product(key.g, ld, 1, state + column, x.v_dim, 1, kTile, rows, width, out, kColumns, false);
+    if (!alone) product(v, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
+    product(key.g, ld, 1, alone ? nullptr : state + column, x.v_dim, 1, kTile, alone ? 0 : rows, width, out, kColumns, false);
     for (std::int64_t member = 0; member < group; ++member) {
       const std::int64_t head = kv * group + member;
-      for (std::int64_t other = first; other < end; other += kTile) {
-        make_tile<T>(x, x.q, at, other, head, true, query);
+      for (std::int64_t other = met.first; other < met.end; other += kTile) {
+        make_tile<T>(x, x.q, met.at, other, head, true, query);
         if (threadIdx.x < kTile) {
           const std::int64_t token = other + threadIdx.x;
           d[threadIdx.x] =
-              token < at.length ? d_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 1.0f;
+              token < met.at.length ? d_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 1.0f;
         }
         __syncthreads();
-        load_gradient(x, grad, at, other, head, column, d, y);
+        load_gradient(x, grad, met.at, other, head, column, d, y);
         product(key.g, ld, 1, query.g, 1, ld, kTile, rows, kTile, weights, kTile, false);  // [keys][queries]
         for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-          if (first + i / kTile > other + i % kTile) weights[i] = 0.0f;
+          if (x.causal && first + i / kTile > other + i % kTile) weights[i] = 0.0f;
         }
         __syncthreads();
         product(weights, kTile, 1, y, kColumns, 1, kTile, kTile, width, out, kColumns, true);
         __syncthreads();
         product(v, kColumns, 1, y, 1, kColumns, kTile, kColumns, kTile, weights, kTile, false);
         for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-          if (first + i / kTile > other + i % kTile) weights[i] = 0.0f;
+          if (x.causal && first + i / kTile > other + i % kTile) weights[i] = 0.0f;
         }
         __syncthreads();
         product(weights, kTile, 1, query.g, ld, 1, kTile, kTile, rows, h, ld, true);
@@ -370,14 +370,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   __syncthreads();
   if (x.sin != nullptr && !x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
-  for (int i = threadIdx.x; i < kTile * rows; i += kThreads) h[i / rows * ld + i % rows] += dz[slot * rows + i % rows];
+  for (int i = threadIdx.x; i < kTile * rows && !alone; i += kThreads) {
+    h[i / rows * ld + i % rows] += dz[slot * rows + i % rows];
+  }
   for (std::int64_t member = 0; member < group; ++member) {
     const std::int64_t head = kv * group + member;
-    for (std::int64_t other = first; other < end; other += kTile) {
-      make_tile<T>(x, x.q, at, other, head, true, query);
+    for (std::int64_t other = met.first; other < met.end; other += kTile) {
+      make_tile<T>(x, x.q, met.at, other, head, true, query);
       for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
         const std::int64_t token = other + i % kTile;
-        const bool meets = first + i / kTile <= token && token < at.length;
+        const bool meets = (!x.causal || first + i / kTile <= token) && token < met.at.length;
         weights[i] = meets ? dd_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 0.0f;
       }
       __syncthreads();

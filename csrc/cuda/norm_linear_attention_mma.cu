@@ -3,7 +3,8 @@
 //
 // Blocking: blocks of 256 threads. `state`, a block for a part of a sequence and 64 columns of the values: the sum stays
 // in registers while tiles of 64 keys pass by. `forward`, a block for 64 queries of a head and all columns: 16 x 64 (or 32) of
-// the output in a warp's registers; the state comes in pieces of 64 features. Causal, tiles of 64 keys of the part follow.
+// the output in a warp's registers; the state comes in pieces of 64 features. Causal, tiles of 64 keys of the part follow,
+// alone, those of all keys.
 // Features, weights and states are rounded to bfloat16 once, for the products; sums, z and denominators are float32.
 // Bytes: q, o once; k, v once a 64 columns, causal 1.5 times; a state of 8 d dv bytes a tile, from L2.
 #include "norm_linear_attention_mma.h"
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   sums.store(width, f, column, s + slot * width.features * width.v_dim, blockIdx.z == 0 ? z + slot * width.features : nullptr);
 }
 
-template <bool kWide>
+template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     nla_forward_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z,
                     Bits* o /* [batch, queries, Hq, dv] */) {
@@ -49,18 +50,20 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   const Fragment f;
   const Tiles tiles(shared, width);
   const std::int64_t head = blockIdx.y, kv = head / (x.q_heads / x.kv_heads);
-  const Place at = locate(x, pieces, x.queries);
-  const std::int64_t first = at.part * kMmaTile, start = first / part * part;
+  const Place at = locate(x, pieces, x.queries, kAlone);
+  const std::int64_t first = at.part * kMmaTile;
   if (first >= at.length) return;
+  const Met met = keys_met(x, at, first, part, kMmaTile, kAlone);
   const int slot = state_slot(x, at, first, part, each, kv);
-  const bool known = make_queries(x, width, f, tiles, at, first, start, head, kv, z + state_at(slot, width.features), false);
+  const float* const sums = kAlone ? nullptr : z + state_at(slot, width.features);
+  const bool known = make_queries(x, width, f, tiles, at, first, met, head, kv, sums, false);
   float out[kPairs<kWide>][2][4];
   clear(out);
-  multiply_state(width, f, tiles, s + state_at(slot, width.features * width.v_dim), out);
-  for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
-    make_features<false>(x, x.k, at, other, kv, x.sin != nullptr, width, tiles.others, NoLook{});
-    load_values(x.v, at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
-    weigh_keys(width, f, tiles, static_cast<int>(first - other), true, !known);
+  if (!kAlone) multiply_state(width, f, tiles, s + state_at(slot, width.features * width.v_dim), out);
+  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
+    make_features<false>(x, x.k, met.at, other, kv, x.sin != nullptr, width, tiles.others, NoLook{});
+    load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
+    weigh_keys(width, f, tiles, ahead_of(x, first, other), true, !known);
     multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
     __syncthreads();
   }
@@ -107,13 +110,11 @@ void nla_mma_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s
 void nla_mma_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
                      void* o, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
-  const std::size_t shared = Tiles::bytes(x);
   Bits* const to = static_cast<Bits*>(o);
-  if (x.v_dim > 64) {
-    LAUNCH((nla_forward_mma<true>), grid, kMmaThreads, shared, stream, x, tiles, part, each, s, z, to);
-  } else {
-    LAUNCH((nla_forward_mma<false>), grid, kMmaThreads, shared, stream, x, tiles, part, each, s, z, to);
-  }
+  with_flags(x.v_dim > 64, s == nullptr, [&](auto wide, auto alone) {
+    LAUNCH((nla_forward_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, Tiles::bytes(x, alone), stream,
+           x, tiles, part, each, s, z, to);
+  });
 }
 
 }  // namespace cuda

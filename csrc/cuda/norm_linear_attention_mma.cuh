@@ -2,6 +2,8 @@
 // ../norm_linear_attention.h.
 #pragma once
 
+#include <type_traits>
+
 #include "norm_linear_attention_mma_features.cuh"
 
 namespace pyelastic {
@@ -103,15 +105,15 @@ __device__ __forceinline__ void sum_tokens(const Fragment& f, const float (&w)[2
   }
 }
 
-// A block's shared memory: its own tokens' features, values (or a piece of a state), and, causal, other tokens' features and
-// the weights between both; then the denominators and scratch.
+// A block's shared memory: its own tokens' features, values (or a piece of a state), and, causal or alone, other tokens' features
+// and the weights between both; then the denominators and scratch.
 struct Tiles {
   Bits *own, *values, *others, *weights;  // [64][ldf], [64][ldv], [64][ldf], [64][kWeightsLd]
   float *d, *sums;                        // [64], [2][64]
 
-  static std::size_t bytes(const Problem& x) {
+  static std::size_t bytes(const Problem& x, bool alone) {
     const std::size_t ldf = static_cast<std::size_t>(2 * x.dim + 8), ldv = static_cast<std::size_t>((x.v_dim + 15) / 16 * 16 + 8);
-    return kMmaTile * (2 * (ldf + ldv + (x.causal ? ldf + kWeightsLd : 0)) + 3 * sizeof(float));
+    return kMmaTile * (2 * (ldf + ldv + (x.causal || alone ? ldf + kWeightsLd : 0)) + 3 * sizeof(float));
   }
   __device__ Tiles(float* room, const Widths& width) {
     d = room;
@@ -139,18 +141,23 @@ __device__ __forceinline__ void weigh_keys(const Widths& width, const Fragment& 
   }
 }
 
-// The features of a tile of queries, turned, in `own`, and d of the tokens before `start` (all, if start > first). Those from
-// `start` on follow where `whole` is set or the weights of the denominator are others than the numerator's; returns
-// whether they did. Ends with a barrier.
+// What mask_tokens and weigh_keys take for queries from `first` on and keys from `other` on: bidirectional, no key is cut.
+__device__ __forceinline__ int ahead_of(const Problem& x, std::int64_t first, std::int64_t other) {
+  return x.causal ? static_cast<int>(first - other) : kMmaTile;
+}
+
+// The features of a tile of queries, turned, in `own`, and d of the state's tokens (z null: none). Those met by weights
+// follow where `whole` is set or the weights of the denominator are others than the numerator's; returns whether they
+// did. Ends with a barrier.
 __device__ __forceinline__ bool make_queries(const Problem& x, const Widths& width, const Fragment& f, const Tiles& tiles,
-                                             const Place& at, std::int64_t first, std::int64_t start, std::int64_t head,
+                                             const Place& at, std::int64_t first, const Met& met, std::int64_t head,
                                              std::int64_t kv, const float* z, bool whole) {
-  const bool rope = x.sin != nullptr, apart = x.causal && rope && !x.rope_both, now = x.causal && (whole || apart);
+  const bool rope = x.sin != nullptr, meets = met.end > 0, apart = meets && rope && !x.rope_both, now = meets && (whole || apart);
   make_features<true>(x, x.q, at, first, head, rope && !apart, width, tiles.own,
                       DotWith{z, tiles.d, width.dim, sharers(width.dim)});
-  for (std::int64_t other = start; now && other <= first; other += kMmaTile) {
-    make_features<false>(x, x.k, at, other, kv, rope && !apart, width, tiles.others, NoLook{});
-    weigh_keys(width, f, tiles, static_cast<int>(first - other), false, true);
+  for (std::int64_t other = met.first; now && other < met.end; other += kMmaTile) {
+    make_features<false>(x, x.k, met.at, other, kv, rope && !apart, width, tiles.others, NoLook{});
+    weigh_keys(width, f, tiles, ahead_of(x, first, other), false, true);
     __syncthreads();  // sums, and the other tokens
   }
   if (apart) make_features<true>(x, x.q, at, first, head, true, width, tiles.own, NoLook{});
@@ -264,6 +271,13 @@ __device__ __forceinline__ float gate_value(const Problem& x, const Place& at, s
   const Bits* const gate = static_cast<const Bits*>(x.gate.data);
   const Bits bits = gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c];
   return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+}
+
+// run(wide, alone) with both as types. Alone is a kernel of its own, as both orders in one would spill.
+template <class Run>
+void with_flags(bool wide, bool alone, Run run) {
+  const auto with = [&](auto a) { wide ? run(std::true_type{}, a) : run(std::false_type{}, a); };
+  alone ? with(std::true_type{}) : with(std::false_type{});
 }
 
 }  // namespace

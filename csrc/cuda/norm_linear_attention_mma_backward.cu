@@ -14,23 +14,24 @@ namespace {
 
 bool wide(const Problem& x) { return x.dim > 64 || x.v_dim > 64; }
 
-template <bool kWide>
+template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     nla_queries_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z,
                     const Bits* grad, Bits* dq, Bits* dgate, float* d_out, float* dd_out, float* dparams) {
   DYN_SHARED(float, shared);
   const Widths width(x);
   const Fragment f;
-  const BackTiles tiles(shared, width, x.causal);
+  const BackTiles tiles(shared, width, x.causal || kAlone);
   const std::int64_t head = blockIdx.y, kv = head / (x.q_heads / x.kv_heads);
-  const Place at = locate(x, pieces, x.queries);
-  const std::int64_t first = at.part * kMmaTile, start = first / part * part;
+  const Place at = locate(x, pieces, x.queries, kAlone);
+  const std::int64_t first = at.part * kMmaTile;
   if (first >= at.length) return;
+  const Met met = keys_met(x, at, first, part, kMmaTile, kAlone);
   const int slot = state_slot(x, at, first, part, each, kv);
-  const float* const state = s + state_at(slot, width.features * width.v_dim);
-  z += state_at(slot, width.features);
+  const float* const state = kAlone ? nullptr : s + state_at(slot, width.features * width.v_dim);
+  if (!kAlone) z += state_at(slot, width.features);
   const bool rope = x.sin != nullptr;
-  make_queries(x, width, f, tiles, at, first, start, head, kv, z, true);
+  make_queries(x, width, f, tiles, at, first, met, head, kv, z, true);
   if (threadIdx.x < kMmaTile) {
     const std::int64_t token = first + threadIdx.x;
     const bool there = token < at.length;
@@ -44,11 +45,11 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   if (dgate != nullptr) {
     float out[kPairs<kWide>][2][4];
     clear(out);
-    multiply_state(width, f, tiles, state, out);
-    for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
-      make_features<false>(x, x.k, at, other, kv, rope, width, tiles.others, NoLook{});
-      load_values(x.v, at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
-      weigh_keys(width, f, tiles, static_cast<int>(first - other), true, false);
+    if (!kAlone) multiply_state(width, f, tiles, state, out);
+    for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
+      make_features<false>(x, x.k, met.at, other, kv, rope, width, tiles.others, NoLook{});
+      load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
+      weigh_keys(width, f, tiles, ahead_of(x, first, other), true, false);
       multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
       __syncthreads();
     }
@@ -65,15 +66,15 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     }
   }
   Back<kWide> back;
-  back.add_state(width, f, tiles.side, state, tiles.values);
-  for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
+  if (!kAlone) back.add_state(width, f, tiles.side, state, tiles.values);
+  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
     __syncthreads();
-    make_features<false>(x, x.k, at, other, kv, rope, width, tiles.others, NoLook{});
-    load_values(x.v, at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
+    make_features<false>(x, x.k, met.at, other, kv, rope, width, tiles.others, NoLook{});
+    load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
     __syncthreads();
     float w[2][2][4];
     multiply_tokens(f, tiles.side, tiles.values, width.ldv, width.ldv - 8, w);
-    mask_tokens<true>(f, static_cast<int>(first - other), w);
+    mask_tokens<true>(f, ahead_of(x, first, other), w);
     store_tokens(f, w, tiles.weights);
     __syncthreads();
     back.add_tokens(width, f, tiles.weights, tiles.others);
@@ -87,11 +88,11 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   }
   if (rope && !x.rope_both) back.turn_back(x, width, f, at, first);
   __syncthreads();  // dd
-  back.add_rows(width, f, tiles.dd, z);
-  for (std::int64_t other = start; x.causal && other <= first; other += kMmaTile) {
+  if (!kAlone) back.add_rows(width, f, tiles.dd, z);
+  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
     __syncthreads();
-    make_features<false>(x, x.k, at, other, kv, x.rope_both && rope, width, tiles.others, NoLook{});
-    store_meeting(static_cast<int>(first - other), true, tiles.weights, [&](int row, int) { return tiles.dd[row]; });
+    make_features<false>(x, x.k, met.at, other, kv, x.rope_both && rope, width, tiles.others, NoLook{});
+    store_meeting(ahead_of(x, first, other), true, tiles.weights, [&](int row, int) { return tiles.dd[row]; });
     __syncthreads();
     back.add_tokens(width, f, tiles.weights, tiles.others);
   }
@@ -142,38 +143,35 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
              blockIdx.z == 0 ? dz + slot * width.features : nullptr);
 }
 
-template <bool kWide>
+template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     nla_keys_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const Bits* grad, const float* d_in,
                  const float* dd_in, const float* ds, const float* dz, Bits* dk, Bits* dv, float* dparams) {
   DYN_SHARED(float, shared);
   const Widths width(x);
   const Fragment f;
-  const BackTiles tiles(shared, width, x.causal);
+  const BackTiles tiles(shared, width, x.causal || kAlone);
   const int kv = static_cast<int>(blockIdx.y), group = static_cast<int>(x.q_heads) / static_cast<int>(x.kv_heads);
-  const Place at = locate(x, pieces, x.keys);
+  const Place at = locate(x, pieces, x.keys, kAlone);
   const std::int64_t first = at.part * kMmaTile;
   if (first >= at.length) return;
   const int slot = state_slot(x, at, first, part, each, kv);
-  const float* const state = ds + state_at(slot, width.features * width.v_dim);
-  int tiles_of_queries = 0;  // that meet these keys by weights
-  if (x.causal) {
-    const std::int64_t end = (first / part + 1) * part;
-    tiles_of_queries = static_cast<int>(((end < at.length ? end : at.length) - first + kMmaTile - 1) / kMmaTile);
-  }
+  const float* const state = kAlone ? nullptr : ds + state_at(slot, width.features * width.v_dim);
+  const Met met = queries_met(x, at, first, part, kAlone);
+  const int span = static_cast<int>(met.end - met.first);
   const bool rope = x.sin != nullptr;
   const auto meet = [&](auto what) {  // begins with a barrier, if there is any
 #pragma unroll 1
-    for (int i = 0; i < tiles_of_queries * group; ++i) {  // one loop, as two held 8 bytes too many
-      const int after = i % tiles_of_queries * kMmaTile;
+    for (int head = kv * group, after = 0; head < kv * group + group && (kAlone || after < span);) {  // or it spills
       __syncthreads();
-      what(kv * group + i / tiles_of_queries, first + after, -after);
+      what(head, (kAlone ? met.first : first) + after, kAlone && !x.causal ? -kMmaTile : -after);
       __syncthreads();
+      after += kMmaTile;
+      if (after >= span) after = 0, ++head;
     }
   };
-  const auto make_others = [&](int head, std::int64_t other) {
-    make_features<true>(x, x.q, at, other, head, rope, width, tiles.others, NoLook{});
-    make_gradient(x, grad, at, other, head, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv,
+  const auto make_y = [&](int head, std::int64_t other) {  // ends with a barrier
+    make_gradient(x, grad, met.at, other, head, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv,
                   [&](int, std::int64_t row) { return d_in[row]; });
     __syncthreads();
   };
@@ -182,9 +180,10 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   {
     float out[kPairs<kWide>][2][4];
     clear(out);
-    multiply_state(width, f, tiles, state, out);
+    if (!kAlone) multiply_state(width, f, tiles, state, out);
     meet([&](int head, std::int64_t other, int ahead) {
-      make_others(head, other);
+      make_features<true>(x, x.q, met.at, other, head, rope, width, tiles.others, NoLook{});
+      make_y(head, other);
       float w[2][2][4];
       multiply_tokens(f, tiles.Tiles::own, tiles.others, width.ldf, width.features, w);
       mask_tokens<false>(f, ahead, w);
@@ -202,26 +201,35 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     }
   }
   Back<kWide> back;
-  back.add_state(width, f, tiles.side, state, tiles.values);
-  meet([&](int head, std::int64_t other, int ahead) {
-    make_others(head, other);
-    float w[2][2][4];
-    multiply_tokens(f, tiles.side, tiles.values, width.ldv, width.ldv - 8, w);
-    mask_tokens<false>(f, ahead, w);
-    store_tokens(f, w, tiles.weights);
-    __syncthreads();
-    back.add_tokens(width, f, tiles.weights, tiles.others);
-  });
-  if (rope && !x.rope_both) back.turn_back(x, width, f, at, first);
-  back.add_rows(width, f, nullptr, dz + state_at(slot, width.features));
-  meet([&](int head, std::int64_t other, int ahead) {
-    make_features<true>(x, x.q, at, other, head, rope && x.rope_both, width, tiles.others, NoLook{});
-    const float* const dd = dd_in + query_row(x, at, other, head);
-    store_meeting(ahead, false, tiles.weights,
-                  [&](int, int column) { return other + column < at.length ? dd[column * x.q_heads] : 0.0f; });
-    __syncthreads();
-    back.add_tokens(width, f, tiles.weights, tiles.others);
-  });
+  if (!kAlone) back.add_state(width, f, tiles.side, state, tiles.values);
+  const auto add_queries = [&](bool numerator) {
+    meet([&](int head, std::int64_t other, int ahead) {
+      make_features<true>(x, x.q, met.at, other, head, rope && (numerator || x.rope_both), width, tiles.others, NoLook{});
+      if (numerator) {
+        make_y(head, other);
+        float w[2][2][4];
+        multiply_tokens(f, tiles.side, tiles.values, width.ldv, width.ldv - 8, w);
+        mask_tokens<false>(f, ahead, w);
+        store_tokens(f, w, tiles.weights);
+      } else {
+        const float* const dd = dd_in + query_row(x, met.at, other, head);
+        store_meeting(ahead, false, tiles.weights,
+                      [&](int, int column) { return other + column < met.at.length ? dd[column * x.q_heads] : 0.0f; });
+      }
+      __syncthreads();
+      back.add_tokens(width, f, tiles.weights, tiles.others);
+    });
+    if (!numerator) return;
+    if (rope && !x.rope_both) back.turn_back(x, width, f, at, first);
+    if (!kAlone) back.add_rows(width, f, nullptr, dz + state_at(slot, width.features));
+  };
+  if constexpr (kAlone) {  // one loop, as two would spill; the other way round with states
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) add_queries(pass == 0);
+  } else {
+    add_queries(true);
+    add_queries(false);
+  }
   if (rope && x.rope_both) back.turn_back(x, width, f, at, first);
   __syncthreads();
   back.store(width, f, tiles.h);
@@ -235,11 +243,11 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
 void nla_mma_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
                      const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
-  const auto run = [&](auto wide) {
-    LAUNCH((nla_queries_mma<decltype(wide)::value>), grid, kMmaThreads, BackTiles::bytes(x), stream, x, tiles, part, each, s, z,
-           static_cast<const Bits*>(grad), static_cast<Bits*>(dq), static_cast<Bits*>(dgate), d, dd, dparams);
-  };
-  wide(x) ? run(std::true_type{}) : run(std::false_type{});
+  with_flags(wide(x), s == nullptr, [&](auto wide, auto alone) {
+    LAUNCH((nla_queries_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, BackTiles::bytes(x, alone),
+           stream, x, tiles, part, each, s, z, static_cast<const Bits*>(grad), static_cast<Bits*>(dq),
+           static_cast<Bits*>(dgate), d, dd, dparams);
+  });
 }
 
 void nla_mma_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
@@ -256,11 +264,11 @@ void nla_mma_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, con
 void nla_mma_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad, const float* d,
                   const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
-  const auto run = [&](auto wide) {
-    LAUNCH((nla_keys_mma<decltype(wide)::value>), grid, kMmaThreads, BackTiles::bytes(x), stream, x, tiles, part, each,
-           static_cast<const Bits*>(grad), d, dd, ds, dz, static_cast<Bits*>(dk), static_cast<Bits*>(dv), dparams);
-  };
-  wide(x) ? run(std::true_type{}) : run(std::false_type{});
+  with_flags(wide(x), ds == nullptr, [&](auto wide, auto alone) {
+    LAUNCH((nla_keys_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, BackTiles::bytes(x, alone),
+           stream, x, tiles, part, each, static_cast<const Bits*>(grad), d, dd, ds, dz, static_cast<Bits*>(dk),
+           static_cast<Bits*>(dv), dparams);
+  });
 }
 
 }  // namespace cuda

@@ -224,17 +224,17 @@ struct BackTiles : Tiles {
   float* h;          // [64][features + 4]
 
   static constexpr int kFloats = 4 * kMmaTile;
-  static std::size_t bytes(const Problem& x) {
+  static std::size_t bytes(const Problem& x, bool alone) {
     const std::size_t ldv = static_cast<std::size_t>((x.v_dim + 15) / 16 * 16 + 8), dim = static_cast<std::size_t>(x.dim);
-    const std::size_t few = 3 * kMmaTile * sizeof(float), bits = Tiles::bytes(x) - few + 2 * kMmaTile * ldv;
+    const std::size_t few = 3 * kMmaTile * sizeof(float), bits = Tiles::bytes(x, alone) - few + 2 * kMmaTile * ldv;
     const std::size_t floats = sizeof(float) * kMmaTile * (2 * dim + 4);
     return sizeof(float) * kFloats + few + (bits > floats ? bits : floats);
   }
-  __device__ BackTiles(float* room, const Widths& width, bool causal) : Tiles(room + kFloats, width) {
+  __device__ BackTiles(float* room, const Widths& width, bool met) : Tiles(room + kFloats, width) {
     dd = room;
     own = dd + kMmaTile;
     h = reinterpret_cast<float*>(Tiles::own);
-    side = causal ? weights + kMmaTile * kWeightsLd : others;
+    side = met ? weights + kMmaTile * kWeightsLd : others;
   }
 };
 

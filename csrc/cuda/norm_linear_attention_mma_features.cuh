@@ -199,14 +199,14 @@ struct NoLook {
   __device__ __forceinline__ void operator()(int, int, const float (&)[8], const float (&)[8]) const {}
 };
 
-// look of queries: d[row] = phi_q . z, of the state's z.
+// look of queries: d[row] = phi_q . z, of the state's z, or 0 without one.
 struct DotWith {
   const float* z;
   float* d;
   int dim, n;
   __device__ __forceinline__ void operator()(int row, int c, const float (&upper)[8], const float (&lower)[8]) const {
     float sum = 0;
-    if (c < dim) {
+    if (z != nullptr && c < dim) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += upper[i] * z[c + i] + lower[i] * z[dim + c + i];
     }

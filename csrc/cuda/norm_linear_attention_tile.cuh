@@ -21,9 +21,10 @@ struct Place {
   std::int64_t sequence, part, batch, begin, length;
 };
 
-__device__ __forceinline__ Place locate(const Problem& x, const NlaSlots& s, std::int64_t tokens) {
+// `alone`: not packed, known at compile time for the registers.
+__device__ __forceinline__ Place locate(const Problem& x, const NlaSlots& s, std::int64_t tokens, bool alone = false) {
   const std::int64_t program = blockIdx.x;
-  if (x.offsets == nullptr) return {program / s.each, program % s.each, program / s.each, 0, tokens};
+  if (alone || x.offsets == nullptr) return {program / s.each, program % s.each, program / s.each, 0, tokens};
   const std::int64_t sequence = s.sequence[program], begin = x.offsets[sequence];
   return {sequence, s.place[program], 0, begin, x.offsets[sequence + 1] - begin};
 }
@@ -32,6 +33,34 @@ __device__ __forceinline__ Place locate(const Problem& x, const NlaSlots& s, std
 __device__ __forceinline__ std::int64_t first_part(const Problem& x, std::int64_t sequence, std::int64_t part,
                                                    std::int64_t each) {
   return x.offsets == nullptr ? sequence * each : x.offsets[sequence] / part + sequence;
+}
+
+// Tokens `first` .. `end` - 1 that a tile meets by weights, and the Place of their kind: `at` with their length.
+struct Met {
+  Place at;
+  std::int64_t first, end;
+};
+
+// Keys that meet a tile of `tile` queries from `first` on: causal, those of its part up to its own; alone, all; else none.
+__device__ __forceinline__ Met keys_met(const Problem& x, const Place& at, std::int64_t first, std::int64_t part, int tile,
+                                        bool alone) {
+  Met met{at, 0, 0};
+  if (alone) met.at.length = met.end = x.keys;
+  if (x.causal) met.first = first / part * part, met.end = first + tile;
+  return met;
+}
+
+// Queries that meet a tile of keys: causal, those of its part from its own on; alone, all; else none.
+__device__ __forceinline__ Met queries_met(const Problem& x, const Place& at, std::int64_t first, std::int64_t part,
+                                           bool alone) {
+  Met met{at, 0, 0};
+  if (alone) met.at.length = met.end = x.queries;
+  if (x.causal) {
+    met.first = first;
+    met.end = (first / part + 1) * part;
+    met.end = met.end < at.length ? met.end : at.length;
+  }
+  return met;
 }
 
 __device__ __forceinline__ float log2_or_0(float a) { return log2f(a == 0.0f ? 1.0f : a); }
