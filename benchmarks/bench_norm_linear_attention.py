@@ -60,14 +60,17 @@ class Case:
         return Case(self.kind, 16, self.dim)
 
     def inputs(self, seed: int, device: str) -> tuple[Any, ...]:
-        """q, k, v, t and sin, cos [N, d] (or None): q and k of a linear layer's size at PyTorch's initialisation."""
+        """q, k, v, t, sin and cos [N, d], and as we keep them [N, d / 2], or None: each formulation has its own tables.
+
+        q and k are of a linear layer's size at PyTorch's initialisation.
+        """
         generator = torch.Generator(device).manual_seed(seed)
         make = partial(torch.randn, 1, HEADS, self.tokens, self.dim, generator=generator, device=device)
         q, k, v, t = 0.577 * make(), 0.577 * make(), make() + 1, make().abs()
         if self.kind == "causal":
-            return q, k, v, t, None, None
+            return q, k, v, t, None, None, None, None
         tables = pyelastic.rope_tables((self.side, self.side), self.dim, device=device)
-        return q, k, v, t, *(x.repeat_interleave(2, 1) for x in tables)
+        return q, k, v, t, *(x.repeat_interleave(2, 1) for x in tables), *tables
 
 
 def case(case_id: str) -> Case:
@@ -79,7 +82,7 @@ def case(case_id: str) -> Case:
 def cases(full: bool, device: str) -> list[Case]:
     if not full:
         return [Case("full", 3136, 64), Case("causal", 2048, 64)]
-    found = [Case("full", n, d) for n in (196, 784, 3136, 12_544) for d in (32, 64, 96)]
+    found = [Case("full", n, d) for n in (196, 256, 784, 3136, 12_544) for d in (32, 64, 96)]
     return found + [Case("causal", n, 64) for n in (512, 2048, 8192)]
 
 
@@ -106,7 +109,7 @@ def _rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return (halves * cos[:, None] + turned * sin[:, None]).flatten(-2)
 
 
-def official(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+def official(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor, *_: Any) -> Tensor:
     """The released code's order of operations."""
     n = q.shape[-2]
     fq, fk = _features(q, k)
@@ -115,7 +118,7 @@ def official(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tenso
     return _rotated(fq, sin, cos) @ kv * z
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, sin: None, cos: None) -> Tensor:
+def chunked(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
     """Causal: chunks of 64 tokens, states before each by a cumulative sum, no loop."""
     n = q.shape[-2]
     size = min(CHUNK, n)
@@ -133,14 +136,15 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _ours(backend: str, q: Tensor, k: Tensor, v: Tensor, sin: Tensor | None, cos: Tensor | None) -> Tensor:
-    rope: dict[str, Any] = {} if sin is None else {"rope": "num", "rope_tables": (sin, cos)}
-    o = pyelastic.norm_linear_attention(q, k, v, causal=sin is None, layout="bhnd", backend=backend, **rope)
+def _ours(backend: str, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None) -> Tensor:
+    causal = tables[0] is None
+    rope: dict[str, Any] = {} if causal else {"rope": "num", "rope_tables": tables[2:]}
+    o = pyelastic.norm_linear_attention(q, k, v, causal=causal, layout="bhnd", backend=backend, **rope)
     assert isinstance(o, Tensor)
     return o
 
 
-def _fla(q: Tensor, k: Tensor, v: Tensor, sin: None, cos: None) -> Tensor:
+def _fla(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
     from fla.ops.linear_attn import chunk_linear_attn
 
     fq, fk = (f.transpose(1, 2) for f in _features(q, k))

@@ -362,33 +362,27 @@ void bind_norm_linear_attention(py::module_& m, const char* suffix) {
                         as<T>(parts), as<T>(total), threads);
         }, nogil);
   m.def(name("forward").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer o, Pointer s_end, Pointer z_end,
-           int threads) {
+        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer s_end, Pointer z_end, int threads) {
           nla<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
-                           as<const T>(z), as<void>(o), as<T>(s_end), as<T>(z_end), threads);
+                           as<const T>(z), as<T>(s_end), as<T>(z_end), threads);
         }, nogil);
   m.def(name("queries").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer grad, Pointer dq, Pointer dgate, Pointer d,
-           Pointer dd, Pointer ds, Pointer dz, Pointer dparams, int threads) {
+        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer d, Pointer dd, Pointer ds, Pointer dz,
+           Pointer dparams, int threads) {
           nla_backward<T>().queries(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
-                                    as<const T>(z), as<const void>(grad), as<void>(dq), as<void>(dgate), as<T>(d),
-                                    as<T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
+                                    as<const T>(z), as<T>(d), as<T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
         }, nogil);
   m.def(name("keys").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer grad, Pointer d, Pointer dd, Pointer ds, Pointer dz, Pointer dk,
-           Pointer dv, Pointer dparams, int threads) {
-          nla_backward<T>().keys(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const void>(grad),
-                                 as<const T>(d), as<const T>(dd), as<T>(ds), as<T>(dz), as<void>(dk), as<void>(dv),
-                                 as<double>(dparams), threads);
+        [](const Arguments& x, const Parts& parts, Pointer d, Pointer dd, Pointer ds, Pointer dz, Pointer dparams, int threads) {
+          nla_backward<T>().keys(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(d),
+                                 as<const T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
         }, nogil);
-  m.def(name("short_forward").c_str(), [](const Arguments& x, Pointer o, int threads) {
-    nla_short<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), as<void>(o), threads);
+  m.def(name("short_forward").c_str(), [](const Arguments& x, int threads) {
+    nla_short<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), threads);
   }, nogil);
   m.def(name("short_backward").c_str(),
-        [](const Arguments& x, Pointer grad, Pointer dq, Pointer dk, Pointer dv, Pointer dgate, Pointer dparams,
-           Pointer dpowers, int threads) {
-          nla_short<T>().backward(pyelastic::norm_linear_attention_problem<T>(x), as<const void>(grad), as<void>(dq),
-                                  as<void>(dk), as<void>(dv), as<void>(dgate), as<double>(dparams), as<double>(dpowers),
+        [](const Arguments& x, Pointer dparams, Pointer dpowers, int threads) {
+          nla_short<T>().backward(pyelastic::norm_linear_attention_problem<T>(x), as<double>(dparams), as<double>(dpowers),
                                   threads);
         }, nogil);
 }

@@ -11,11 +11,11 @@ namespace pyelastic {
 using NlaPointer = std::uintptr_t;
 using NlaInt = std::int64_t;
 using NlaView = std::tuple<NlaPointer, NlaInt, NlaInt, NlaInt>;
-// (dtype, (sequences, N, M, Hq, Hk, d, dv), (q, k, v, gate), (params, sin, cos, start, offsets, s0, z0, count),
+// (dtype, (sequences, N, M, Hq, Hk, d, dv), (q, k, v, gate, o, dq, dk, dv, dgate), (params, sin, cos, start, offsets, s0, z0, count),
 //  (map, rope_both, causal, mean), (key_power, alpha, eps, norm_eps))
 using NlaArguments =
     std::tuple<int, std::tuple<NlaInt, NlaInt, NlaInt, NlaInt, NlaInt, NlaInt, NlaInt>,
-               std::tuple<NlaView, NlaView, NlaView, NlaView>,
+               std::tuple<NlaView, NlaView, NlaView, NlaView, NlaView, NlaView, NlaView, NlaView, NlaView>,
                std::tuple<NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer>,
                std::tuple<int, bool, bool, bool>, std::tuple<double, double, double, double>>;
 
@@ -28,14 +28,15 @@ template <class T>
 NormLinearAttention<T> norm_linear_attention_problem(const NlaArguments& arguments) {
   const auto& [dtype, sizes, views, pointers, flags, scalars] = arguments;
   const auto& [sequences, queries, keys, q_heads, kv_heads, dim, v_dim] = sizes;
-  const auto& [q, k, v, gate] = views;
+  const auto& [q, k, v, gate, o, dq, dk, dv, dgate] = views;
   const auto& [params, sin, cos, start, offsets, s0, z0, count] = pointers;
   const auto& [map, rope_both, causal, mean] = flags;
   const auto& [key_power, alpha, eps, norm_eps] = scalars;
   const auto real = [](NlaPointer p) { return reinterpret_cast<const T*>(p); };
   const auto whole = [](NlaPointer p) { return reinterpret_cast<const NlaInt*>(p); };
   return {static_cast<Dtype>(dtype), sequences, queries, keys, q_heads, kv_heads, dim, v_dim,
-          heads_view(q), heads_view(k), heads_view(v), heads_view(gate),
+          heads_view(q), heads_view(k), heads_view(v), heads_view(gate), heads_view(o),
+          heads_view(dq), heads_view(dk), heads_view(dv), heads_view(dgate),
           real(params), real(sin), real(cos), whole(start), whole(offsets), real(s0), real(z0), whole(count),
           static_cast<FeatureMap>(map), rope_both, causal, mean,
           static_cast<T>(key_power), static_cast<T>(alpha), static_cast<T>(eps), static_cast<T>(norm_eps)};

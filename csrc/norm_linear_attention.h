@@ -15,7 +15,7 @@
 // has o = 0. A NaN in a row of q reaches that row of o, one in k or v all rows that attend to it. Backward: section 2 of the method's gradients, written out in docs/ops/norm_linear_attention.md.
 //
 // Conventions. T is the compute type, float or double; features, sums and gradients are made in it. Data of q, k, v,
-// gate, o and their gradients has `dtype` and a contiguous last dimension. States are contiguous,
+// gate, o and their gradients has `dtype`, a contiguous last dimension, and any strides of the others. States are contiguous,
 // S [sequences, kv_heads, rows, v_dim] with rows in the order of the features (2 dim, or dim + 1 for mala),
 // z [sequences, kv_heads, features]. Sequence s is batch s, or, packed, tokens offsets[s] .. offsets[s + 1] - 1 of batch
 // 0. Its token i is at position start[s] + i of the tables. Deterministic; nothing aliases but where said.
@@ -41,6 +41,8 @@ struct NormLinearAttention {
   std::int64_t sequences, queries, keys;  // tokens per batch; packed: of all
   std::int64_t q_heads, kv_heads, dim, v_dim;
   HeadsView q, k, v, gate;
+  HeadsView o;  // where the output goes; backward: its gradient
+  HeadsView dq, dk, dv, dgate;
   const T* params;  // [3, q_heads]: lam, tau, beta; pola: P [q_heads, dim]; mala: null
   const T *sin, *cos;  // [positions, dim / 2] or null; pairs are (2j, 2j + 1)
   const std::int64_t *start, *offsets;  // [sequences] or null (0); [sequences + 1] or null
@@ -68,31 +70,30 @@ struct NlaKernels {
   // reverse one; `exclusive`: each part becomes the sum before it.
   void (*scan)(const std::int64_t* first, std::int64_t sequences, std::int64_t heads, std::int64_t width, const T* initial,
                bool exclusive, bool reverse, T* parts, T* total, int threads);
-  // o [batch, queries, q_heads, v_dim] contiguous, of x.dtype. s, z: bidirectional, the whole's; causal, those before each
-  // slot. Causal with one part a sequence: s_end, z_end [sequences, ..] receive the state, and may be x.s0 and x.z0.
-  void (*forward)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end,
-                  T* z_end, int threads);
+  // o. s, z: bidirectional, the whole's; causal, those before each slot. Causal with one part a sequence: s_end, z_end
+  // [sequences, ..] receive the state, and may be x.s0 and x.z0.
+  void (*forward)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, T* s_end, T* z_end,
+                  int threads);
 };
 
 template <class T>
 struct NlaBackward {
-  // From grad, as o: dq and dgate (or null) contiguous, of x.dtype; d and dd [batch, queries, q_heads], the denominator and
-  // its gradient (mala: of phi_q . z); ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
-  void (*queries)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad,
-                  void* dq, void* dgate, T* d, T* dd, T* ds, T* dz, double* dparams, int threads);
-  // dk, dv contiguous, of x.dtype. ds, dz: bidirectional, the whole's; causal, gradients of the state after each slot, which
-  // become those before it. dparams, pola: [slots of keys, kv_heads, dim].
-  void (*keys)(const NormLinearAttention<T>& x, const NlaParts& parts, const void* grad, const T* d, const T* dd, T* ds,
-               T* dz, void* dk, void* dv, double* dparams, int threads);
+  // dq and, with a gate, dgate; d and dd [batch, queries, q_heads], the denominator and its gradient (mala: of
+  // phi_q . z); ds, dz: sums of each part (or null); dparams [slots, q_heads, 3], pola: [slots, q_heads, dim].
+  void (*queries)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, T* d, T* dd, T* ds, T* dz,
+                  double* dparams, int threads);
+  // dk, dv. ds, dz: bidirectional, the whole's; causal, gradients of the state after each slot, which become those before
+  // it. dparams, pola: [slots of keys, kv_heads, dim].
+  void (*keys)(const NormLinearAttention<T>& x, const NlaParts& parts, const T* d, const T* dd, T* ds, T* dz, double* dparams,
+               int threads);
 };
 
 // Quadratic order: queries and keys of at most kNlaTile tokens, no states, not packed, not mala. dparams [sequences, q_heads,
 // 3], pola: [sequences, q_heads, dim] and dpowers [sequences, kv_heads, dim].
 template <class T>
 struct NlaShort {
-  void (*forward)(const NormLinearAttention<T>& x, void* o, int threads);
-  void (*backward)(const NormLinearAttention<T>& x, const void* grad, void* dq, void* dk, void* dv, void* dgate,
-                   double* dparams, double* dpowers, int threads);
+  void (*forward)(const NormLinearAttention<T>& x, int threads);
+  void (*backward)(const NormLinearAttention<T>& x, double* dparams, double* dpowers, int threads);
 };
 
 #define PYELASTIC_DECLARE(ISA)                            \

@@ -250,9 +250,12 @@ def cuda_maxsim_backward_smooth(
 
 # norm_linear_attention. Contract: csrc/norm_linear_attention.h; tuples: csrc/bindings_norm_linear_attention.h.
 _NlaView = tuple[int, int, int, int]
+_NlaViews = tuple[
+    _NlaView, _NlaView, _NlaView, _NlaView, _NlaView, _NlaView, _NlaView, _NlaView, _NlaView,
+]
 _NlaPointers = tuple[int, int, int, int, int, int, int, int]
 _Nla = tuple[
-    int, tuple[int, int, int, int, int, int, int], tuple[_NlaView, _NlaView, _NlaView, _NlaView], _NlaPointers,
+    int, tuple[int, int, int, int, int, int, int], _NlaViews, _NlaPointers,
     tuple[int, bool, bool, bool], tuple[float, float, float, float],
 ]
 _NlaParts = tuple[int, int, int]  # (part, first_q, first_k)
@@ -266,19 +269,17 @@ def norm_linear_attention_scan_f32(
     total: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_forward_f32(
-    x: _Nla, parts: _NlaParts, s: int, z: int, o: int, s_end: int, z_end: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, s: int, z: int, s_end: int, z_end: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_queries_f32(
-    x: _Nla, parts: _NlaParts, s: int, z: int, grad: int, dq: int, dgate: int, d: int, dd: int, ds: int, dz: int,
-    dparams: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, s: int, z: int, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_keys_f32(
-    x: _Nla, parts: _NlaParts, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int, dparams: int,
-    threads: int, /,
+    x: _Nla, parts: _NlaParts, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
 ) -> None: ...
-def norm_linear_attention_short_forward_f32(x: _Nla, o: int, threads: int, /) -> None: ...
+def norm_linear_attention_short_forward_f32(x: _Nla, threads: int, /) -> None: ...
 def norm_linear_attention_short_backward_f32(
-    x: _Nla, grad: int, dq: int, dk: int, dv: int, dgate: int, dparams: int, dpowers: int, threads: int, /,
+    x: _Nla, dparams: int, dpowers: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_states_f64(
     x: _Nla, parts: _NlaParts, s: int, z: int, threads: int, /,
@@ -288,20 +289,18 @@ def norm_linear_attention_scan_f64(
     total: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_forward_f64(
-    x: _Nla, parts: _NlaParts, s: int, z: int, o: int, s_end: int, z_end: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, s: int, z: int, s_end: int, z_end: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_queries_f64(
-    x: _Nla, parts: _NlaParts, s: int, z: int, grad: int, dq: int, dgate: int, d: int, dd: int, ds: int, dz: int,
-    dparams: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, s: int, z: int, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_keys_f64(
-    x: _Nla, parts: _NlaParts, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int, dparams: int,
-    threads: int, /,
+    x: _Nla, parts: _NlaParts, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
 ) -> None: ...
 
-def norm_linear_attention_short_forward_f64(x: _Nla, o: int, threads: int, /) -> None: ...
+def norm_linear_attention_short_forward_f64(x: _Nla, threads: int, /) -> None: ...
 def norm_linear_attention_short_backward_f64(
-    x: _Nla, grad: int, dq: int, dk: int, dv: int, dgate: int, dparams: int, dpowers: int, threads: int, /,
+    x: _Nla, dparams: int, dpowers: int, threads: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_tile(x: _Nla, /) -> int: ...
 def cuda_norm_linear_attention_state(

@@ -15,7 +15,7 @@ def _signature(dtype: str) -> dict[str, str]:
     floats = ("params", "sin", "cos", "s", "z", "x", "initial", "final", "d", "dd", "ds", "dz", "dparams", "last")
     pointers |= {f"p_{n}": "*fp32" for n in floats}
     pointers |= {f"p_{n}": "*i64" for n in ("start", "count", "offsets", "sequence", "part")}
-    sizes = ("N", "keys", "tiles", "parts", "heads", "group", "width")
+    sizes = ("N", "keys", "queries", "tiles", "parts", "heads", "group", "width")
     strides = [f"s_{x}{y}" for x in "qkvg" for y in "bnh"]
     scalars = dict.fromkeys(("key_power", "alpha", "eps", "norm_eps"), "fp32")
     return pointers | dict.fromkeys((*sizes, *strides), "i32") | scalars
@@ -48,13 +48,19 @@ def requests() -> dict[str, dict[str, Any]]:
                 constants = {
                     "D": width, "DV": width, "HD": max(16, width // 2), "BV": min(read[1], width), "BT": read[0],
                     "PART": 128, "MAP": 0, "CUBE": True, "ROPE": 1, "PACKED": causal, "HAS_START": causal,
-                    "HAS_COUNT": True, "HAS_GATE": True, "CAUSAL": causal, "MEAN": True, "PRECISION": precision,
+                    "HAS_COUNT": True, "HAS_GATE": True, "CAUSAL": causal, "ALONE": False, "MEAN": True,
+                    "PRECISION": precision,
                 }  # fmt: skip
                 later = constants | {"BV": min(back[1], width), "BT": back[0]}
                 name = f"{'causal ' if causal else ''}{dtype} D{width}"
                 add(f"forward {name}", forward, "forward", dtype, constants)
                 add(f"grad_queries {name}", backward, "grad_queries", dtype, later)
                 add(f"grad_keys {name}", backward, "grad_keys", dtype, later)
+                if width == 64:
+                    alone = {"ALONE": True, "PACKED": False}
+                    add(f"forward alone {name}", forward, "forward", dtype, constants | alone)
+                    add(f"grad_queries alone {name}", backward, "grad_queries", dtype, later | alone)
+                    add(f"grad_keys alone {name}", backward, "grad_keys", dtype, later | alone)
                 if not causal:
                     add(f"state {name}", forward, "state", dtype, constants)
                     add(f"grad_state {name}", backward, "grad_state", dtype, later)

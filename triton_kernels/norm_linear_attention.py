@@ -7,6 +7,8 @@ concatenated. `state` sums phi_k v^T over the tokens of a part of a sequence, `s
 `forward` adds the tokens of the part up to its own by their weights: no state is carried in registers, and the grid has
 one program for each tile of tokens. Sums are float32, addresses int64; token counts are runtime values.
 
+ALONE: short sequences without states, whose tiles meet all tokens by weights (the quadratic order).
+
 Products. PRECISION "bf16": operands rounded to bfloat16 (bfloat16 inputs); "tf32x3": float32 as three products, also
 for float16 inputs: cubes of their keys leave its range.
 
@@ -33,7 +35,9 @@ NORM_LINEAR_ATTENTION_CONFIGS = {
 }
 WARPS = 8
 SCAN_BLOCK = 1024
-SIZES = ("N", "parts", "tiles", "first_tile", "group", "width", "key_power", "alpha", "eps", "norm_eps")
+SIZES = (
+    "N", "keys", "queries", "parts", "tiles", "first_tile", "group", "width", "key_power", "alpha", "eps", "norm_eps",
+)  # fmt: skip
 QUARTER = tl.constexpr(0.7853981633974483)
 LN2 = tl.constexpr(0.6931471805599453)
 COSINE = tl.constexpr(1)
@@ -369,6 +373,12 @@ def weights_of(q_ue, q_uo, q_le, q_lo, k_ue, k_uo, k_le, k_lo, BT: tl.constexpr,
 
 
 @triton.jit
+def meeting(w, key, query, CAUSAL: tl.constexpr):
+    """w where the key is not after the query."""
+    return tl.where(key <= query, w, 0.0) if CAUSAL else w
+
+
+@triton.jit
 def effective_eps(
     p_count, sequence, token, length, eps, CAUSAL: tl.constexpr, MEAN: tl.constexpr, HAS_COUNT: tl.constexpr
 ):  # fmt: skip
@@ -391,7 +401,8 @@ def forward(
     N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr, MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of a tile of tokens of one head, BV columns."""
     head = tl.program_id(1).to(tl.int64)
@@ -413,38 +424,41 @@ def forward(
     if CAUSAL:
         at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
     if tile * BT < length:
-        at = at * kv_heads + kv
-        z_ue, z_uo, z_le, z_lo = load_sums(p_z + at * (2 * D), o_pair, D)
-        y_ue, y_uo, y_le, y_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
-        d = tl.sum(ue * z_ue[None, :] + uo * z_uo[None, :] + le * z_le[None, :] + lo * z_lo[None, :], axis=1)
-        if MAP == MALA:
-            count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
-            factor, last, _, _ = readout(d, count, eps, D)
-            g_ue, g_uo, g_le = g_ue * factor[:, None], g_uo * factor[:, None], first_pair(last, o_pair)
         o = tl.zeros([BT, BV], tl.float32)
-        o = dot(g_ue, y_ue, o, PRECISION)
-        o = dot(g_uo, y_uo, o, PRECISION)
-        o = dot(g_le, y_le, o, PRECISION)
-        o = dot(g_lo, y_lo, o, PRECISION)
-        if CAUSAL:
+        if ALONE:
+            d = tl.zeros([BT], tl.float32)
+        else:
+            at = at * kv_heads + kv
+            z_ue, z_uo, z_le, z_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+            y_ue, y_uo, y_le, y_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
+            d = tl.sum(ue * z_ue[None, :] + uo * z_uo[None, :] + le * z_le[None, :] + lo * z_lo[None, :], axis=1)
+            if MAP == MALA:
+                count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
+                factor, last, _, _ = readout(d, count, eps, D)
+                g_ue, g_uo, g_le = g_ue * factor[:, None], g_uo * factor[:, None], first_pair(last, o_pair)
+            o = dot(g_ue, y_ue, o, PRECISION)
+            o = dot(g_uo, y_uo, o, PRECISION)
+            o = dot(g_le, y_le, o, PRECISION)
+            o = dot(g_lo, y_lo, o, PRECISION)
+        if CAUSAL or ALONE:
             p_k += batch * s_kb + kv * s_kh
             p_v += batch * s_vb + kv * s_vh
             ka, kb, _ = load_params(p_params, kv, heads, o_pair, D, MAP)
-            for other in range(tile * BT // PART * PART, tile * BT + BT, BT):
+            last_key = length if CAUSAL else keys
+            for other in range(tile * BT // PART * PART, tile * BT + BT if CAUSAL else keys, BT):
                 key = other + tl.arange(0, BT)
-                m_key = key < length
+                m_key = key < last_key
                 even, odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
                 v = load_values(p_v, begin + key, m_key, s_vn, o_v, DV)
                 k_ue, k_uo, k_le, k_lo = key_features(even, odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
-                allowed = key[None, :] <= token[:, None]
                 if ROPE == 1:  # the weights of the denominator are others
                     w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-                    d += tl.sum(tl.where(allowed, w, 0.0), axis=1)
+                    d += tl.sum(meeting(w, key[None, :], token[:, None], CAUSAL), axis=1)
                 if ROPE > 0:
                     sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                     k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
                 w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-                w = tl.where(allowed, w, 0.0)
+                w = meeting(w, key[None, :], token[:, None], CAUSAL)
                 if ROPE != 1:
                     d += tl.sum(w, axis=1)
                 o = dot(w, v, o, PRECISION)

@@ -34,6 +34,7 @@ from .norm_linear_attention import (
     load_values,
     locate,
     log2_or_0,
+    meeting,
     norm_of,
     power,
     query_features,
@@ -175,7 +176,8 @@ def grad_queries(
     N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr, MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
@@ -203,19 +205,25 @@ def grad_queries(
         at = at * kv_heads + kv
         row = (batch * N + begin + token) * heads + head
         ka, kb, _ = load_params(p_params, kv, heads, o_pair, D, MAP)
-        start = tile * BT // PART * PART if CAUSAL else tile * BT + BT
-        x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
-        d = tl.sum(ue * x_ue[None, :] + uo * x_uo[None, :] + le * x_le[None, :] + lo * x_lo[None, :], axis=1)
-        for other in range(start, tile * BT + BT, BT):
+        # keys that these queries meet by weights
+        start = tile * BT // PART * PART if CAUSAL else 0
+        stop = tile * BT + BT if CAUSAL else (keys if ALONE else 0)
+        last_key = length if CAUSAL else keys
+        if ALONE:
+            d = tl.zeros([BT], tl.float32)
+        else:
+            x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+            d = tl.sum(ue * x_ue[None, :] + uo * x_uo[None, :] + le * x_le[None, :] + lo * x_lo[None, :], axis=1)
+        for other in range(start, stop, BT):
             key = other + tl.arange(0, BT)
-            m_key = key < length
+            m_key = key < last_key
             k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
             k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
             if ROPE == 2:
                 sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
             w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-            d += tl.sum(tl.where(key[None, :] <= token[:, None], w, 0.0), axis=1)
+            d += tl.sum(meeting(w, key[None, :], token[:, None], CAUSAL), axis=1)
         if MAP == MALA:
             count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
             factor, last, slope, scale = readout(d, count, eps, D)
@@ -229,32 +237,31 @@ def grad_queries(
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
             y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
-            t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
-            h_ue = dot(y, tl.trans(t_ue), h_ue, PRECISION)
-            h_uo = dot(y, tl.trans(t_uo), h_uo, PRECISION)
-            h_le = dot(y, tl.trans(t_le), h_le, PRECISION)
-            h_lo = dot(y, tl.trans(t_lo), h_lo, PRECISION)
             o = tl.zeros([BT, BV], tl.float32)
-            if HAS_GATE:
-                o = dot(g_ue, t_ue, o, PRECISION)
-                o = dot(g_uo, t_uo, o, PRECISION)
-                o = dot(g_le, t_le, o, PRECISION)
-                o = dot(g_lo, t_lo, o, PRECISION)
-            for other in range(start, tile * BT + BT, BT):
+            if not ALONE:
+                t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
+                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, y, tl.trans(t_ue), tl.trans(t_uo),
+                                                  tl.trans(t_le), tl.trans(t_lo), PRECISION)  # fmt: skip
+                if HAS_GATE:
+                    o = dot(g_ue, t_ue, o, PRECISION)
+                    o = dot(g_uo, t_uo, o, PRECISION)
+                    o = dot(g_le, t_le, o, PRECISION)
+                    o = dot(g_lo, t_lo, o, PRECISION)
+            for other in range(start, stop, BT):
                 key = other + tl.arange(0, BT)
-                m_key = key < length
+                m_key = key < last_key
                 k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
                 v = load_values(p_v, begin + key, m_key, s_vn, o_v, DV)
                 k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
                 if ROPE > 0:
                     sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                     k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-                allowed = key[None, :] <= token[:, None]
-                w = tl.where(allowed, dot(y, tl.trans(v), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
+                w = dot(y, tl.trans(v), tl.zeros([BT, BT], tl.float32), PRECISION)
+                w = meeting(w, key[None, :], token[:, None], CAUSAL)
                 h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
                 if HAS_GATE:
                     w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-                    o = dot(tl.where(allowed, w, 0.0), v, o, PRECISION)
+                    o = dot(meeting(w, key[None, :], token[:, None], CAUSAL), v, o, PRECISION)
             if HAS_GATE:
                 gate = load_values(p_gate, begin + token, m_token, s_gn, o_v, DV)
                 sigmoid = 1.0 / (1.0 + tl.exp(-gate))
@@ -276,18 +283,19 @@ def grad_queries(
         if ROPE == 1:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
-        x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
-        h_ue, h_uo = h_ue + dd[:, None] * x_ue[None, :], h_uo + dd[:, None] * x_uo[None, :]
-        h_le, h_lo = h_le + dd[:, None] * x_le[None, :], h_lo + dd[:, None] * x_lo[None, :]
-        for other in range(start, tile * BT + BT, BT):
+        if not ALONE:
+            x_ue, x_uo, x_le, x_lo = load_sums(p_z + at * (2 * D), o_pair, D)
+            h_ue, h_uo = h_ue + dd[:, None] * x_ue[None, :], h_uo + dd[:, None] * x_uo[None, :]
+            h_le, h_lo = h_le + dd[:, None] * x_le[None, :], h_lo + dd[:, None] * x_lo[None, :]
+        for other in range(start, stop, BT):
             key = other + tl.arange(0, BT)
-            m_key = key < length
+            m_key = key < last_key
             k_even, k_odd = load_pairs(p_k, begin + key, m_key, s_kn, o_pair, D)
             k_ue, k_uo, k_le, k_lo = key_features(k_even, k_odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
             if ROPE == 2:
                 sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-            w = tl.where(key[None, :] <= token[:, None], dd[:, None], 0.0)
+            w = meeting(dd[:, None] + tl.zeros([BT, BT], tl.float32), key[None, :], token[:, None], CAUSAL)
             h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
         if ROPE == 2:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
@@ -369,10 +377,10 @@ def grad_keys(
     p_dparams,  # pola: [tiles of all, Hk, D]
     p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
-    N, tiles, parts, heads, group, key_power, alpha, norm_eps,
+    N, queries, tiles, parts, heads, group, key_power, alpha, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
@@ -396,35 +404,36 @@ def grad_keys(
     if tile * BT < length:
         at = at * kv_heads + kv
         row = (batch * N + begin + token) * kv_heads + kv
-        end = tl.minimum((tile * BT // PART + 1) * PART, length) if CAUSAL else tile * BT
+        # queries that meet these keys by weights
+        start = tile * BT if CAUSAL else 0
+        stop = tl.minimum((tile * BT // PART + 1) * PART, length) if CAUSAL else queries
+        last_query = length if CAUSAL else queries
         h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
             v = load_values(p_v, begin + token, m_token, s_vn, o_v, DV)
-            t_ue, t_uo, t_le, t_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
-            h_ue = dot(v, tl.trans(t_ue), h_ue, PRECISION)
-            h_uo = dot(v, tl.trans(t_uo), h_uo, PRECISION)
-            h_le = dot(v, tl.trans(t_le), h_le, PRECISION)
-            h_lo = dot(v, tl.trans(t_lo), h_lo, PRECISION)
             dv = tl.zeros([BT, BV], tl.float32)
-            dv = dot(g_ue, t_ue, dv, PRECISION)
-            dv = dot(g_uo, t_uo, dv, PRECISION)
-            dv = dot(g_le, t_le, dv, PRECISION)
-            dv = dot(g_lo, t_lo, dv, PRECISION)
-            if CAUSAL:
+            if not ALONE:
+                t_ue, t_uo, t_le, t_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
+                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, v, tl.trans(t_ue), tl.trans(t_uo),
+                                                  tl.trans(t_le), tl.trans(t_lo), PRECISION)  # fmt: skip
+                dv = dot(g_ue, t_ue, dv, PRECISION)
+                dv = dot(g_uo, t_uo, dv, PRECISION)
+                dv = dot(g_le, t_le, dv, PRECISION)
+                dv = dot(g_lo, t_lo, dv, PRECISION)
+            if CAUSAL or ALONE:
                 for member in range(0, group):
                     head = kv * group + member
                     qa, qb, qc = load_params(p_params, head, heads, o_pair, D, MAP)
-                    for other in range(tile * BT, end, BT):
+                    for other in range(start, stop, BT):
                         query = other + tl.arange(0, BT)
-                        m_query = query < length
-                        q_row = ((batch * N + begin + query) * kv_heads + kv) * group + member
+                        m_query = query < last_query
+                        q_row = ((batch * queries + begin + query) * kv_heads + kv) * group + member
                         q_even, q_odd = load_pairs(
                             p_q + batch * s_qb + head * s_qh, begin + query, m_query, s_qn, o_pair, D
                         )
                         ue, uo, le, lo = query_features(q_even, q_odd, qa, qb, qc, alpha, norm_eps, MAP)
-                        allowed = token[:, None] <= query[None, :]  # [keys, queries]
                         if ROPE > 0:
                             sin, cos = load_angles(
                                 p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START
@@ -436,9 +445,9 @@ def grad_keys(
                             HAS_GATE,
                         ) / d[:, None]  # fmt: skip
                         w = weights_of(g_ue, g_uo, g_le, g_lo, ue, uo, le, lo, BT, PRECISION)
-                        dv = dot(tl.where(allowed, w, 0.0), y, dv, PRECISION)
+                        dv = dot(meeting(w, token[:, None], query[None, :], CAUSAL), y, dv, PRECISION)
                         w = dot(v, tl.trans(y), tl.zeros([BT, BT], tl.float32), PRECISION)
-                        w = tl.where(allowed, w, 0.0)
+                        w = meeting(w, token[:, None], query[None, :], CAUSAL)
                         h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
             m_v = m_token[:, None] & (o_v < DV)[None, :]
             tl.store(p_dv + row[:, None] * DV + o_v[None, :], dv.to(p_dv.dtype.element_ty), mask=m_v)
@@ -446,16 +455,18 @@ def grad_keys(
         if ROPE == 1:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
-        x_ue, x_uo, x_le, x_lo = load_sums(p_dz + at * (2 * D), o_pair, D)
-        h_ue, h_uo, h_le, h_lo = h_ue + x_ue[None, :], h_uo + x_uo[None, :], h_le + x_le[None, :], h_lo + x_lo[None, :]
-        if CAUSAL:
+        if not ALONE:
+            x_ue, x_uo, x_le, x_lo = load_sums(p_dz + at * (2 * D), o_pair, D)
+            h_ue, h_uo = h_ue + x_ue[None, :], h_uo + x_uo[None, :]
+            h_le, h_lo = h_le + x_le[None, :], h_lo + x_lo[None, :]
+        if CAUSAL or ALONE:
             for member in range(0, group):
                 head = kv * group + member
                 qa, qb, qc = load_params(p_params, head, heads, o_pair, D, MAP)
-                for other in range(tile * BT, end, BT):
+                for other in range(start, stop, BT):
                     query = other + tl.arange(0, BT)
-                    m_query = query < length
-                    q_row = ((batch * N + begin + query) * kv_heads + kv) * group + member
+                    m_query = query < last_query
+                    q_row = ((batch * queries + begin + query) * kv_heads + kv) * group + member
                     q_even, q_odd = load_pairs(
                         p_q + batch * s_qb + head * s_qh, begin + query, m_query, s_qn, o_pair, D
                     )
@@ -464,7 +475,7 @@ def grad_keys(
                         sin, cos = load_angles(p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START)
                         ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
                     dd = tl.load(p_dd + q_row, mask=m_query, other=0.0)[None, :]
-                    w = tl.where(token[:, None] <= query[None, :], dd, 0.0)
+                    w = meeting(dd + tl.zeros([BT, BT], tl.float32), token[:, None], query[None, :], CAUSAL)
                     h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
         if ROPE == 2:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)

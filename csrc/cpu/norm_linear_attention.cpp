@@ -33,8 +33,7 @@ void states(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, 
       for (std::int64_t at = first; at < last; at += kNlaTile) {
         const std::int64_t n = at + kNlaTile < last ? kNlaTile : last - at;
         tile.make(x, x.k, span, sequence, at, n, head, false);
-        load_rows(x.v.data, x.dtype, span.batch * x.v.batch + (span.begin + at) * x.v.token + head * x.v.head, x.v.token, n,
-                  x.v_dim, v, vp);
+        load_rows(x.v, x.dtype, span, at, n, head, x.v_dim, v, vp);
         product(tile.g, 1, tile.ld, v, vp, rows, n, vp, sum, vp, true);
         const T* const plain = x.rope_both ? tile.g : tile.f;
         for (std::int64_t t = 0; t < n; ++t) add_scaled(z_sum, plain + t * tile.ld, T(1), tile.ld);
@@ -78,7 +77,7 @@ std::int64_t forward_bytes(const NormLinearAttention<T>& x) {
 }
 
 template <class T>
-void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, void* o, int threads) {
+void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, int threads) {
   const std::int64_t rows = rows_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const std::int64_t tiles = (x.queries + kNlaTile - 1) / kNlaTile;
   // A unit is a tile of one head; those of a head follow each other, so that its state is loaded once.
@@ -118,14 +117,14 @@ void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, void*
         }
       }
       product(tile.g, tile.ld, 1, state, vp, n, rows, vp, out, vp, false);
-      finish_rows(x, span, first, n, head, d, out, vp, gate, o);
+      finish_rows(x, span, first, n, head, d, out, vp, gate);
     }
   });
 }
 
 template <class T>
-void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end,
-                    T* z_end, int threads) {
+void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, T* s_end, T* z_end,
+                    int threads) {
   const std::int64_t rows = rows_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   parallel_for(parts.first_k[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(forward_bytes(x));
@@ -153,8 +152,7 @@ void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, cons
       for (std::int64_t at = first; at < last; at += kNlaTile) {
         const std::int64_t n = at + kNlaTile < last ? kNlaTile : last - at;
         key.make(x, x.k, span, sequence, at, n, kv, false);
-        load_rows(x.v.data, x.dtype, span.batch * x.v.batch + (span.begin + at) * x.v.token + kv * x.v.head, x.v.token, n,
-                  x.v_dim, v, vp);
+        load_rows(x.v, x.dtype, span, at, n, kv, x.v_dim, v, vp);
         transpose(key.g, key.ld, n, rows, columns, kNlaTile);
         const T* const plain_k = x.rope_both ? key.g : key.f;
         for (std::int64_t member = 0; member < group; ++member) {
@@ -169,7 +167,7 @@ void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, cons
           product(query.g, key.ld, 1, state, vp, n, rows, vp, out, vp, false);
           lower_product(query.g, key.ld, columns, n, rows, weights);
           lower_apply(weights, v, vp, n, vp, out, vp);
-          finish_rows(x, span, at, n, head, d, out, vp, gate, o);
+          finish_rows(x, span, at, n, head, d, out, vp, gate);
         }
         product(key.g, 1, key.ld, v, vp, rows, n, vp, state, vp, true);
         for (std::int64_t t = 0; t < n; ++t) add_scaled(sums, plain_k + t * key.ld, T(1), key.ld);
@@ -183,12 +181,12 @@ void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, cons
 }
 
 template <class T>
-void forward(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, void* o, T* s_end, T* z_end,
+void forward(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, T* s_end, T* z_end,
              int threads) {
   if (x.causal) {
-    forward_causal(x, parts, s, z, o, s_end, z_end, threads);
+    forward_causal(x, parts, s, z, s_end, z_end, threads);
   } else {
-    forward_full(x, s, z, o, threads);
+    forward_full(x, s, z, threads);
   }
 }
 

@@ -19,8 +19,8 @@ std::int64_t backward_bytes(const NormLinearAttention<T>& x) {
 }
 
 template <class T>
-void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, const void* grad, void* dq,
-             void* dgate, T* d_, T* dd_, T* ds, T* dz, double* dparams, int threads) {
+void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s, const T* z, T* d_, T* dd_, T* ds, T* dz,
+             double* dparams, int threads) {
   const std::int64_t rows = rows_of(x), features = features_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite, gated = x.gate.data != nullptr;
   const bool mala = x.map == FeatureMap::mala;
@@ -70,8 +70,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
         const std::int64_t n = at + kNlaTile < last ? kNlaTile : last - at;
         if (x.causal) {
           key.make(x, x.k, span, sequence, at, n, kv, false);
-          load_rows(x.v.data, x.dtype, span.batch * x.v.batch + (span.begin + at) * x.v.token + kv * x.v.head, x.v.token, n,
-                    x.v_dim, v, vp);
+          load_rows(x.v, x.dtype, span, at, n, kv, x.v_dim, v, vp);
           transpose(v, vp, n, x.v_dim, v_columns, kNlaTile);
           if (gated) transpose(key.g, ld, n, rows, columns, kNlaTile);
         }
@@ -88,7 +87,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
           const std::int64_t head = kv * group + member;
           query.make(x, x.q, span, sequence, at, n, head, true);
           const T* const plain = x.rope_both ? query.g : query.f;
-          load_gradient(x, grad, span, at, n, head, y, vp, gate);
+          load_gradient(x, span, at, n, head, y, vp, gate);
           for (std::int64_t t = 0; t < n; ++t) {
             const T sum = inner(plain + t * ld, z_rows + t * z_ld, ld);
             d[t] = mala ? sum : sum + effective_eps(x, sequence, at + t, keys);
@@ -123,12 +122,12 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
             }
             d_[row] = d[t];
             dd_[row] = dd;
-            if (gated && dgate != nullptr) gate_gradient(x, grad, row, gate + t * vp, d[t], o + t * vp, line, dgate);
+            if (gated) gate_gradient(x, span, at + t, head, gate + t * vp, d[t], o + t * vp, line);
             add_scaled(dz_sum, plain + t * ld, dd, ld);
-            unrotate(x, query, sequence, at + t, df + t * ld, z_rows + t * z_ld, dd, line);
+            unrotate(x, query, sequence, at + t, df + t * ld, z_rows + t * z_ld, dd);
             query_gradient(h, query.x + t * query.dp, query.w + t * query.dp, query.l + t * query.dp, df + t * ld, line,
                            own + member * width);
-            write_row(line, x.dim, dq, x.dtype, row * x.dim);
+            write_row(line, x.dim, x.dq.data, x.dtype, row_of(x.dq, span, at + t, head));
           }
           for (std::int64_t t = 0; t < n && mala; ++t) apply_readout(readouts[t], x.dim, query.g + t * ld, ld);
           if (ds != nullptr) product(query.g, 1, ld, y, vp, rows, n, vp, ds_sum, vp, true);
@@ -148,8 +147,8 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
 }
 
 template <class T>
-void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* grad, const T* d_, const T* dd_, T* ds, T* dz,
-          void* dk, void* dv, double* dparams, int threads) {
+void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const T* d_, const T* dd_, T* ds, T* dz, double* dparams,
+          int threads) {
   const std::int64_t rows = rows_of(x), features = features_of(x), vp = padded<T>(x.v_dim), group = x.q_heads / x.kv_heads;
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite;
   parallel_for(parts.first_k[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -192,8 +191,7 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
       for (std::int64_t i = tiles - 1; i >= 0; --i) {
         const std::int64_t at = first + i * kNlaTile, n = at + kNlaTile < last ? kNlaTile : last - at;
         key.make(x, x.k, span, sequence, at, n, kv, false);
-        load_rows(x.v.data, x.dtype, span.batch * x.v.batch + (span.begin + at) * x.v.token + kv * x.v.head, x.v.token, n,
-                  x.v_dim, v, vp);
+        load_rows(x.v, x.dtype, span, at, n, kv, x.v_dim, v, vp);
         product(v, vp, 1, turned, ld, n, x.v_dim, wide, df, ld, false);
         product(key.g, ld, 1, state, vp, n, rows, vp, dv_rows, vp, false);
         const T* const z_rows = x.causal ? cum : sums;
@@ -206,7 +204,7 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
             const std::int64_t head = kv * group + member;
             query.make(x, x.q, span, sequence, at, n, head, true);
             const T* const plain = x.rope_both ? query.g : query.f;
-            load_gradient(x, grad, span, at, n, head, y, vp, gate);
+            load_gradient(x, span, at, n, head, y, vp, gate);
             const std::int64_t row = (span.batch * x.queries + span.begin + at) * x.q_heads + head;
             std::memset(running, 0, sizeof(T) * ld);
             for (std::int64_t t = n - 1; t >= 0; --t) {
@@ -225,11 +223,10 @@ void keys(const NormLinearAttention<T>& x, const NlaParts& parts, const void* gr
           if (i > 0) transpose(state, vp, rows, x.v_dim, turned, ld);
         }
         for (std::int64_t t = 0; t < n; ++t) {
-          const std::int64_t row = (span.batch * x.keys + span.begin + at + t) * x.kv_heads + kv;
-          write_row(dv_rows + t * vp, x.v_dim, dv, x.dtype, row * x.v_dim);
-          unrotate(x, key, sequence, at + t, df + t * ld, z_rows + t * z_ld, T(1), line);
+          write_row(dv_rows + t * vp, x.v_dim, x.dv.data, x.dtype, row_of(x.dv, span, at + t, kv));
+          unrotate(x, key, sequence, at + t, df + t * ld, z_rows + t * z_ld, T(1));
           key_gradient(h, key.x + t * key.dp, key.w + t * key.dp, df + t * ld, line, own);
-          write_row(line, x.dim, dk, x.dtype, row * x.dim);
+          write_row(line, x.dim, x.dk.data, x.dtype, row_of(x.dk, span, at + t, kv));
         }
       }
       if (x.causal) {

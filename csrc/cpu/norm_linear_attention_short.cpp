@@ -46,7 +46,7 @@ struct Short {
     kv = unit % x.kv_heads;
     span = {sequence, 0, n};
     key.make(x, x.k, span, sequence, 0, m, kv, false);
-    load_rows(x.v.data, x.dtype, sequence * x.v.batch + kv * x.v.head, x.v.token, m, x.v_dim, v, vp);
+    load_rows(x.v, x.dtype, span, 0, m, kv, x.v_dim, v, vp);
     transpose(key.g, ld, m, rows, columns, kNlaTile);
     std::memset(z, 0, sizeof(T) * ld);
     for (std::int64_t t = 0; t < m; ++t) {
@@ -81,7 +81,7 @@ struct Short {
 };
 
 template <class T>
-void forward(const NormLinearAttention<T>& x, void* o, int threads) {
+void forward(const NormLinearAttention<T>& x, int threads) {
   const std::int64_t group = x.q_heads / x.kv_heads, vp = padded<T>(x.v_dim);
   parallel_for(x.sequences * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(Short<T>::bytes(x) + Room::bytes<T>(kNlaTile * vp));
@@ -93,15 +93,14 @@ void forward(const NormLinearAttention<T>& x, void* o, int threads) {
         s.load_queries(head);
         s.weigh();
         s.apply(s.weights, s.v, vp, vp, out, vp);
-        finish_rows(x, s.span, 0, s.n, head, s.d, out, vp, s.gate, o);
+        finish_rows(x, s.span, 0, s.n, head, s.d, out, vp, s.gate);
       }
     }
   });
 }
 
 template <class T>
-void backward(const NormLinearAttention<T>& x, const void* grad, void* dq, void* dk, void* dv, void* dgate, double* dparams,
-              double* dpowers, int threads) {
+void backward(const NormLinearAttention<T>& x, double* dparams, double* dpowers, int threads) {
   const std::int64_t group = x.q_heads / x.kv_heads, vp = padded<T>(x.v_dim), ld = Tile<T>::row(x.dim);
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite, gated = x.gate.data != nullptr;
   const std::int64_t width = pola ? x.dim : 3;
@@ -129,7 +128,7 @@ void backward(const NormLinearAttention<T>& x, const void* grad, void* dq, void*
       std::memset(dz, 0, sizeof(T) * kNlaTile * ld);
       for (std::int64_t head = s.kv * group; head < (s.kv + 1) * group; ++head) {
         s.load_queries(head);
-        load_gradient(x, grad, s.span, 0, s.n, head, y, vp, s.gate);
+        load_gradient(x, s.span, 0, s.n, head, y, vp, s.gate);
         for (std::int64_t t = 0; t < s.n; ++t) {
           const T factor = T(1) / s.d[t];
           for (std::int64_t c = 0; c < vp; c += kLanes<T>) store_vec(y + t * vp + c, load_vec(y + t * vp + c) * factor);
@@ -147,15 +146,14 @@ void backward(const NormLinearAttention<T>& x, const void* grad, void* dq, void*
         std::memset(own, 0, sizeof(double) * width);
         std::memset(running, 0, sizeof(T) * ld);
         for (std::int64_t t = s.n - 1; t >= 0; --t) {
-          const std::int64_t row = (s.sequence * x.queries + t) * x.q_heads + head;
           const T dd = -inner(s.query.g_row(t), df + t * ld, s.wide) / s.d[t];
-          if (gated && dgate != nullptr) gate_gradient(x, grad, row, s.gate + t * vp, s.d[t], o + t * vp, line, dgate);
+          if (gated) gate_gradient(x, s.span, t, head, s.gate + t * vp, s.d[t], o + t * vp, line);
           add_scaled(running, s.plain(s.query, t), dd, ld);
           if (x.causal) add_scaled(dz + t * ld, running, T(1), ld);
-          unrotate(x, s.query, s.sequence, t, df + t * ld, s.z + t * s.z_ld(), dd, line);
+          unrotate(x, s.query, s.sequence, t, df + t * ld, s.z + t * s.z_ld(), dd);
           query_gradient(h, s.query.x + t * s.query.dp, s.query.w + t * s.query.dp, s.query.l + t * s.query.dp, df + t * ld,
                          line, own);
-          write_row(line, x.dim, dq, x.dtype, row * x.dim);
+          write_row(line, x.dim, x.dq.data, x.dtype, row_of(x.dq, s.span, t, head));
         }
         if (!x.causal) add_scaled(dz, running, T(1), ld);
         s.apply_transposed(s.weights, y, vp, vp, dv_rows, vp);
@@ -165,11 +163,10 @@ void backward(const NormLinearAttention<T>& x, const void* grad, void* dq, void*
       double* const own = pola ? dpowers + unit * x.dim : nullptr;
       if (pola) std::memset(own, 0, sizeof(double) * x.dim);
       for (std::int64_t t = 0; t < s.m; ++t) {
-        const std::int64_t row = (s.sequence * x.keys + t) * x.kv_heads + s.kv;
-        write_row(dv_rows + t * vp, x.v_dim, dv, x.dtype, row * x.v_dim);
-        unrotate(x, s.key, s.sequence, t, dk_rows + t * ld, dz + t * s.z_ld(), T(1), line);
+        write_row(dv_rows + t * vp, x.v_dim, x.dv.data, x.dtype, row_of(x.dv, s.span, t, s.kv));
+        unrotate(x, s.key, s.sequence, t, dk_rows + t * ld, dz + t * s.z_ld(), T(1));
         key_gradient(h, s.key.x + t * s.key.dp, s.key.w + t * s.key.dp, dk_rows + t * ld, line, own);
-        write_row(line, x.dim, dk, x.dtype, row * x.dim);
+        write_row(line, x.dim, x.dk.data, x.dtype, row_of(x.dk, s.span, t, s.kv));
       }
     }
   });

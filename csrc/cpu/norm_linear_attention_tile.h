@@ -144,6 +144,11 @@ inline std::int64_t sequence_of(const std::int64_t* first, std::int64_t sequence
   return low;
 }
 
+// Element of a view where a token's row of a head begins.
+inline std::int64_t row_of(const HeadsView& view, const Span& span, std::int64_t token, std::int64_t head) {
+  return span.batch * view.batch + (span.begin + token) * view.token + head * view.head;
+}
+
 template <class T>
 inline Head<T> head_of(const NormLinearAttention<T>& x, std::int64_t head, bool query, T* power_room) {
   const bool pola = x.map == FeatureMap::pola || x.map == FeatureMap::pola_opposite;
@@ -158,6 +163,32 @@ inline Head<T> head_of(const NormLinearAttention<T>& x, std::int64_t head, bool 
     h.beta = x.params[2 * x.q_heads + head];
   }
   return h;
+}
+
+// Pairs of channels turned by a vector of angles: two vectors of `from` to two of `to`, which may be the same.
+template <class T>
+inline void turn_pairs(const T* from, T* to, const Vec<T>& s, const Vec<T>& c) {
+  using I = typename VecOf<T>::I;
+  constexpr int lanes = VecOf<T>::lanes;
+  I low, high, other;
+  for (int l = 0; l < lanes; ++l) {
+    low[l] = l / 2;
+    high[l] = lanes / 2 + l / 2;
+    other[l] = l ^ 1;
+  }
+  Vec<T> sign;
+  for (int l = 0; l < lanes; ++l) sign[l] = l % 2 == 0 ? T(-1) : T(1);
+  const Vec<T> a = load_vec(from), b = load_vec(from + lanes);
+  store_vec(to, a * __builtin_shuffle(c, low) + __builtin_shuffle(a, other) * (__builtin_shuffle(s, low) * sign));
+  store_vec(to + lanes, b * __builtin_shuffle(c, high) + __builtin_shuffle(b, other) * (__builtin_shuffle(s, high) * sign));
+}
+
+// Without the calls that memcpy of a length not known here would be.
+template <class T>
+inline void copy_row(const T* from, std::int64_t width, T* to) {
+  std::int64_t c = 0;
+  for (; c + kLanes<T> <= width; c += kLanes<T>) store_vec(to + c, load_vec(from + c));
+  for (; c < width; ++c) to[c] = from[c];
 }
 
 // A tile of up to kNlaTile rows of queries or keys: x, magnitudes w, logarithms l, features f, rotated ones g (f itself
@@ -191,11 +222,11 @@ struct Tile {
   void make(const NormLinearAttention<T>& p, const HeadsView& view, const Span& span, std::int64_t sequence, std::int64_t first,
             std::int64_t n, std::int64_t head, bool query) {
     const Head<T> h = head_of(p, head, query, power);
-    const std::int64_t at = span.batch * view.batch + (span.begin + first) * view.token + head * view.head;
+    const std::int64_t at = row_of(view, span, first, head);
     for (std::int64_t t = 0; t < n; ++t) {
       T* const to = x + t * dp;
       const T* from = read_row(view.data, p.dtype, at + t * view.token, dim, to);
-      if (from != to) std::memcpy(to, from, sizeof(T) * dim);
+      if (from != to) copy_row(from, dim, to);
       if (query) {
         query_row(h, to, w + t * dp, l + t * dp, f + t * ld);
       } else {
@@ -209,33 +240,44 @@ struct Tile {
     }
   }
 
-  // Both halves by the position's angles; direction -1: back.
+  // Both halves by the position's angles, to another place or in place; direction -1: back.
   void rotate(const NormLinearAttention<T>& p, std::int64_t sequence, std::int64_t token, const T* from, T* to,
               T direction) const {
     const std::int64_t half = dim / 2, at = (token + (p.start == nullptr ? 0 : p.start[sequence])) * half;
     const T *sin = p.sin + at, *cos = p.cos + at;
     const bool mala = p.map == FeatureMap::mala;
-    for (int side = 0; side < (mala ? 1 : 2); ++side) {
-      const T* const a = from + side * dim;
-      T* const b = to + side * dim;
-      for (std::int64_t j = 0; j < half; ++j) {
-        const T even = a[2 * j], odd = a[2 * j + 1], s = sin[j] * direction;
-        b[2 * j] = even * cos[j] - odd * s;
-        b[2 * j + 1] = odd * cos[j] + even * s;
+    const int sides = mala ? 1 : 2;
+    const T last = from[dim];
+    std::int64_t j = 0;
+    for (; j + kLanes<T> <= half; j += kLanes<T>) {
+      const Vec<T> s = load_vec(sin + j) * direction, c = load_vec(cos + j);
+      for (int side = 0; side < sides; ++side) {
+        turn_pairs<T>(from + side * dim + 2 * j, to + side * dim + 2 * j, s, c);
+      }
+    }
+    for (; j < half; ++j) {
+      const T s = sin[j] * direction, c = cos[j];
+      for (int side = 0; side < sides; ++side) {
+        const T* const a = from + side * dim + 2 * j;
+        T* const b = to + side * dim + 2 * j;
+        const T even = a[0], odd = a[1];
+        b[0] = even * c - odd * s;
+        b[1] = odd * c + even * s;
       }
     }
     for (std::int64_t c = rows_of(p); c < ld; ++c) to[c] = T(0);
-    if (mala) to[dim] = from[dim];
+    if (mala) to[dim] = last;
   }
 };
 
-// Rows of a view as T in [n][padded width]; the padding is the caller's zeros.
+// Rows of a view's head as T in [n][padded width]; the padding is the caller's zeros.
 template <class T>
-inline void load_rows(const void* data, Dtype dtype, std::int64_t at, std::int64_t stride, std::int64_t n, std::int64_t width,
-                      T* to, std::int64_t ld) {
+inline void load_rows(const HeadsView& view, Dtype dtype, const Span& span, std::int64_t first, std::int64_t n,
+                      std::int64_t head, std::int64_t width, T* to, std::int64_t ld) {
+  const std::int64_t at = row_of(view, span, first, head);
   for (std::int64_t t = 0; t < n; ++t) {
-    const T* from = read_row(data, dtype, at + t * stride, width, to + t * ld);
-    if (from != to + t * ld) std::memcpy(to + t * ld, from, sizeof(T) * width);
+    const T* from = read_row(view.data, dtype, at + t * view.token, width, to + t * ld);
+    if (from != to + t * ld) copy_row(from, width, to + t * ld);
   }
 }
 

@@ -5,6 +5,7 @@ Contract of the kernels: csrc/norm_linear_attention.h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,9 @@ class Inputs(NamedTuple):
     def output_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
 
+    def empty_output(self) -> Tensor:
+        return empty_like(self.q, self.v.shape[-1])
+
     def detached(self) -> Inputs:
         """The same without gradients."""
         plain: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in self]
@@ -102,24 +106,40 @@ class Inputs(NamedTuple):
             changed["gate"] = last_contiguous(self.gate)
         return self._replace(**changed)
 
-    def problem(self) -> tuple[Any, ...]:
-        """What every binding takes first (csrc/bindings_norm_linear_attention.h), of ``readable`` inputs."""
+    def problem(self, o: Tensor | None = None, gradients: Sequence[Tensor | None] = (None,) * 4) -> tuple[Any, ...]:
+        """What every binding takes first (csrc/bindings_norm_linear_attention.h), of ``readable`` inputs.
+
+        o: the output or, backward, its gradient; gradients: dq, dk, dv, dgate. Last dimensions have stride 1.
+        """
         sizes = (self.sequences, self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2], self.q.shape[3])
         scalars = (self.map, self.rope_both, self.causal, self.mean)
         optional = (self.params, self.sin, self.cos, self.start, self.cu_seqlens, self.s0, self.z0, self.count0)
         return (
             DTYPES[self.q.dtype],
             (*sizes, self.v.shape[3]),
-            (view(self.q), view(self.k), view(self.v), view(self.gate)),
+            tuple(map(view, (self.q, self.k, self.v, self.gate, o, *gradients))),
             tuple(map(pointer, optional)),
             scalars,
             (self.key_power, self.alpha, self.eps, self.norm_eps),
         )
 
 
+def empty_like(x: Tensor, width: int) -> Tensor:
+    """Room for [B, N, H, width], dense and in x's order of tokens and heads: a caller's layout needs no copy."""
+    batch, tokens, heads, _ = x.shape
+    if x.stride(2) > x.stride(1) and readable_as_it_is(x):
+        return x.new_empty((batch, heads, tokens, width)).transpose(1, 2)
+    return x.new_empty((batch, tokens, heads, width))
+
+
+def readable_as_it_is(x: Tensor) -> bool:
+    """Whether its last dimension has stride 1, which the kernels expect."""
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
 def last_contiguous(x: Tensor) -> Tensor:
-    """x itself if its last dimension has stride 1, which the kernels expect; else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    """x itself if the kernels can read it, else a copy."""
+    return x if readable_as_it_is(x) else x.contiguous()
 
 
 def view(x: Tensor | None) -> tuple[int, int, int, int]:

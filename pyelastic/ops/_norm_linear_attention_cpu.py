@@ -14,7 +14,7 @@ from torch import Tensor
 from pyelastic import _extension
 from pyelastic.eager.norm_linear_attention import MALA
 from pyelastic.ops._binding import pointer
-from pyelastic.ops._norm_linear_attention import Inputs
+from pyelastic.ops._norm_linear_attention import Inputs, empty_like, last_contiguous
 
 TILE = 64
 # Tokens of a part, and heads of all sequences from which on a causal sequence is one part: fixed, so that no bit
@@ -49,7 +49,6 @@ class _Problem:
         self.extension = _extension.load()
         work = (x.q.numel() + x.k.numel()) * 2 * x.v.shape[3]
         self.threads = max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD))
-        self.problem = x.problem()
         # One walk over each sequence, whose state goes from tile to tile: no sums of parts in memory.
         longest = max(x.q.shape[1], x.k.shape[1], 1)
         self.serial = x.causal and (x.sequences * x.k.shape[2] >= SERIAL_HEADS or longest <= PART)
@@ -112,26 +111,26 @@ class _Problem:
             start = self.initial()
             return start, start
         parts = self.slots(self.first_k)
-        self.call("states", self.problem, self.parts, *map(pointer, parts))
+        self.call("states", self.x.problem(), self.parts, *map(pointer, parts))
         whole = self.scan(self.first_k, parts, (self.x.s0, self.x.z0), False)
         return (parts if self.x.causal else whole), whole
 
     def forward(self, read: Pair, ends: Pair | None) -> Tensor:
-        o = torch.empty(self.x.output_shape(), dtype=self.x.q.dtype)
+        o = self.x.empty_output()
         ends_at = (0, 0) if ends is None else tuple(map(pointer, ends))
-        self.call("forward", self.problem, self.parts, *map(pointer, read), pointer(o), *ends_at)
+        self.call("forward", self.x.problem(o), self.parts, *map(pointer, read), *ends_at)
         return o
 
-    def backward(self, s: Tensor, z: Tensor, grad: Tensor, after: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
+    def backward(self, s: Tensor, z: Tensor, grad: Tensor, after: tuple[Tensor | None, Tensor | None]) -> list[Any]:
         x = self.x
-        grad = grad.contiguous()
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (x.q, x.k, x.v))
-        dgate = torch.empty(x.output_shape() if x.gate is not None else (0,), dtype=x.q.dtype)
+        dq, dk, dv, dgate = (None if t is None else empty_like(t, t.shape[3]) for t in (x.q, x.k, x.v, x.gate))
+        grad = last_contiguous(grad)
+        problem = x.problem(grad, (dq, dk, dv, dgate))
         if quadratic(x):
             width = x.q.shape[3] if x.pola else 3
             dparams = torch.empty(x.sequences, x.q.shape[2], width, dtype=torch.float64)
             dpowers = torch.empty(x.sequences if x.pola else 0, x.k.shape[2], width, dtype=torch.float64)
-            self.call("short_backward", self.problem, *map(pointer, (grad, dq, dk, dv, dgate, dparams, dpowers)))
+            self.call("short_backward", problem, *map(pointer, (dparams, dpowers)))
             none = torch.empty(0, dtype=x.dtype)
             return [dq, dk, dv, self.total(dparams, dpowers), dgate, none, none]
         read = self.states()[0] if x.causal else (s.contiguous(), z.contiguous())
@@ -140,8 +139,7 @@ class _Problem:
         dparams = torch.empty(int(self.first_q[-1]), x.q.shape[2], width, dtype=torch.float64)
         parts = None if self.serial else self.slots(self.first_q)
         at = (0, 0) if parts is None else tuple(map(pointer, parts))
-        outs = map(pointer, (dq, dgate if x.gate is not None else None, d, dd))
-        self.call("queries", self.problem, self.parts, *map(pointer, read), pointer(grad), *outs, *at, pointer(dparams))
+        self.call("queries", problem, self.parts, *map(pointer, (*read, d, dd)), *at, pointer(dparams))
         if parts is None:
             ends = zip(after, x.state_shapes(), strict=True)
             made = (torch.zeros(n, dtype=x.dtype) if t is None else t.contiguous().clone() for t, n in ends)
@@ -150,8 +148,7 @@ class _Problem:
             total = self.scan(self.first_q, parts, after, True)
             first = parts if x.causal else total
         dpowers = torch.empty(int(self.first_k[-1]) if x.pola else 0, x.k.shape[2], width, dtype=torch.float64)
-        inputs = map(pointer, (grad, d, dd, *first, dk, dv, dpowers))
-        self.call("keys", self.problem, self.parts, *inputs)
+        self.call("keys", problem, self.parts, *map(pointer, (d, dd, *first, dpowers)))
         return [dq, dk, dv, self.total(dparams, dpowers), dgate, *total]
 
     def total(self, dparams: Tensor, dpowers: Tensor) -> Tensor:
@@ -165,8 +162,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op ``norm_linear_attention_fwd.cpu``: o, and the state after all tokens (quadratic: nothing)."""
     problem = _Problem(Inputs(*arguments))
     if quadratic(problem.x):
-        o = torch.empty(problem.x.output_shape(), dtype=problem.x.q.dtype)
-        problem.call("short_forward", problem.problem, pointer(o))
+        o = problem.x.empty_output()
+        problem.call("short_forward", problem.x.problem(o))
         return o, torch.empty(0, dtype=problem.x.dtype), torch.empty(0, dtype=problem.x.dtype)
     read, whole = problem.states()
     o = problem.forward(read, whole if problem.serial else None)
@@ -177,7 +174,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The raw op ``norm_linear_attention_bwd.cpu``: gradients in the order of ``needs``."""
     *inputs, s, z, grad, grad_s, grad_z, needs = arguments
     made = _Problem(Inputs(*inputs)).backward(s, z, grad, (grad_s, grad_z))
-    return tuple(x if need else x.new_empty(0, dtype=inputs[0].dtype) for x, need in zip(made, needs, strict=True))
+    return tuple(x if need else inputs[0].new_empty(0) for x, need in zip(made, needs, strict=True))
 
 
 def advance(inputs: Inputs) -> Tensor:

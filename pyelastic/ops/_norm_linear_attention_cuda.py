@@ -12,7 +12,7 @@ from pyelastic import _extension
 from pyelastic.ops import _norm_linear_attention_gpu as gpu
 from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
-from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces
+from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces, Read
 
 
 class _Problem(gpu.GpuProblem):
@@ -39,16 +39,16 @@ class _Problem(gpu.GpuProblem):
     ) -> None:
         self.call("scan", tokens, self.part, each, width, initial, self.x.causal, reverse, parts, total)
 
-    def run_forward(self, pieces: Pieces, read: Pair, o: Tensor) -> None:
+    def run_forward(self, pieces: Pieces, read: Read, o: Tensor) -> None:
         self.call("forward", self.places(pieces), self.part, self.parts_of(self.m), *read, o)
 
-    def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
+    def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
         self.call("queries", self.places(pieces), self.part, self.parts_of(self.m), *read, *tensors)
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
         self.call("grad_state", self.places(pieces), self.part, grad, d, dd, last, *parts)
 
-    def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
+    def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
         self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), *tensors)
 
 
@@ -56,4 +56,5 @@ class _Problem(gpu.GpuProblem):
 forward: Any = partial(gpu.forward, _Problem)
 backward: Any = partial(gpu.backward, _Problem)
 advance: Any = partial(gpu.advance, _Problem)
+quadratic = gpu.quadratic
 why_not = gpu.why_not

@@ -19,6 +19,7 @@ WIDEST = 128  # of d and dv
 CHUNK = 128  # tokens of a part in the causal form
 SPLITS = 16  # parts a long bidirectional sequence is summed in at most: an estimate, not measured
 Pair = tuple[Tensor, Tensor]
+Read = tuple[Tensor | None, Tensor | None]
 
 
 class Pieces(NamedTuple):
@@ -35,6 +36,19 @@ def why_not(dim: int, v_dim: int, map: int) -> str | None:
     if max(dim, v_dim) > WIDEST:
         return f"heads are {dim} wide and values {v_dim}; the kernels take up to {WIDEST}"
     return None
+
+
+def quadratic(x: Inputs) -> bool:
+    """Whether a call runs in quadratic order, without states: at most one part, and, bidirectional, fewer products.
+
+    Forward is then one launch, not four, and backward two, not five or eight.
+    """
+    n, m, d, dv = x.q.shape[1], x.k.shape[1], x.q.shape[3], x.v.shape[3]
+    if x.final_state or x.s0 is not None or x.cu_seqlens is not None or x.map == MALA:
+        return False
+    if not 0 < min(n, m) <= max(n, m) <= CHUNK:
+        return False
+    return x.causal or n * m * (2 * d + dv) <= 2 * d * dv * (n + m)
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -65,16 +79,16 @@ class GpuProblem:
     ) -> None:
         raise NotImplementedError
 
-    def run_forward(self, pieces: Pieces, read: Pair, o: Tensor) -> None:
+    def run_forward(self, pieces: Pieces, read: Read, o: Tensor) -> None:
         raise NotImplementedError
 
-    def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
+    def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
         raise NotImplementedError
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
         raise NotImplementedError
 
-    def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
+    def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
         raise NotImplementedError
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,6 +112,9 @@ class GpuProblem:
 
     def scan(self, parts: Pair, initial: tuple[Tensor | None, Tensor | None], tokens: int, reverse: bool) -> Pair:
         """The sums of all parts; causal: each part's place is left with the sum before it."""
+        alone = len(parts[0]) == self.x.sequences and self.x.cu_seqlens is None and not self.x.causal
+        if alone and initial[0] is None and initial[1] is None:
+            return parts
         found = []
         for part, start in zip(parts, self.widened(initial), strict=True):
             out = self.empty(self.x.sequences, self.kv_heads, *part.shape[2:])
@@ -137,18 +154,35 @@ class GpuProblem:
         return (parts if self.x.causal else whole), whole
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        read, whole = self.states()
+        alone = quadratic(self.x)
+        read: Read
+        read, whole = ((None, None), (self.empty(0), self.empty(0))) if alone else self.states()
         o = self.empty(*self.x.output_shape(), dtype=self.x.q.dtype)
         if o.numel():
             self.run_forward(self.pieces(self.n, self.tile), read, o)
-        return o, *self.narrowed(whole)
+        return o, *(whole if alone else self.narrowed(whole))
+
+    def grad_states(self, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, given: Read) -> tuple[Pair, Pair]:
+        """((of the states after each part, or for the bidirectional form of the whole), of the initial state)."""
+        pieces, group = self.pieces(self.n, self.part), self.heads // self.kv_heads
+        parts = self.slots(pieces.total, self.heads)
+        if pieces.total and self.heads:
+            self.run_grad_state(pieces, grad, d, dd, last, parts)
+        if group > 1:
+            made = [t.unflatten(1, (self.kv_heads, group)).sum(2) for t in parts]
+            parts = made[0], made[1]
+        whole = self.scan(parts, given, self.n, True)
+        return (parts if self.x.causal else whole), whole
 
     def backward(
         self, s: Tensor, z: Tensor, grad: Tensor, grad_s: Tensor | None, grad_z: Tensor | None
     ) -> list[Tensor]:
         x = self.x
-        read: Any = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
-        dtype, group = x.q.dtype, self.heads // self.kv_heads
+        alone = quadratic(x)
+        read: Read = (None, None)
+        if not alone:
+            read = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
+        dtype = x.q.dtype
         grad = grad.contiguous()
         dq, dk, dv = (self.empty(*t.shape, dtype=dtype) for t in (x.q, x.k, x.v))
         dgate = self.empty(*x.output_shape(), dtype=dtype) if x.gate is not None else self.empty(0, dtype=dtype)
@@ -160,21 +194,17 @@ class GpuProblem:
         dparams = torch.zeros(shape, device=self.device)
         if dq.numel():
             self.run_queries(tiles, read, grad, dq, dgate if x.gate is not None else None, d, dd, dparams)
-        pieces = self.pieces(self.n, self.part)
-        parts = self.slots(pieces.total, self.heads)
-        if pieces.total and self.heads:
-            self.run_grad_state(pieces, grad, d, dd, dparams, parts)
-        if group > 1:
-            made = [t.unflatten(1, (self.kv_heads, group)).sum(2) for t in parts]
-            parts = made[0], made[1]
-        ds, dz = self.scan(parts, (grad_s, grad_z), self.n, True)
-        after = parts if x.causal else (ds, dz)
+        after: Read = (None, None)
+        if alone:
+            whole = self.empty(0), self.empty(0)
+        else:
+            after, whole = self.grad_states(grad, d, dd, dparams, (grad_s, grad_z))
         tiles = self.pieces(self.m, self.tile)
         dpowers = torch.zeros(tiles.total if x.pola else 0, self.kv_heads, self.d, device=self.device)
         if dk.numel():
             self.run_keys(tiles, grad, d, dd, *after, dk, dv, dpowers)
         total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
-        return [dq, dk, dv, total, dgate, *self.narrowed((ds, dz))]
+        return [dq, dk, dv, total, dgate, *(whole if alone else self.narrowed(whole))]
 
 
 def forward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

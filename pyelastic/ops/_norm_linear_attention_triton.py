@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyelastic.ops import _norm_linear_attention_gpu as gpu
 from pyelastic.ops._norm_linear_attention import Inputs
-from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces
+from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces, Read
 
 
 def _kernels() -> tuple[ModuleType, ModuleType]:
@@ -48,7 +48,8 @@ class _Forward(gpu.GpuProblem):
         }  # fmt: skip
         self.cube = {"CUBE": x.key_power == 3.0}
         self.gated = {"HAS_GATE": x.gate is not None}
-        self.flags = {"HAS_COUNT": x.count0 is not None, "CAUSAL": x.causal, "MEAN": x.mean}
+        self.meet = {"CAUSAL": x.causal, "ALONE": gpu.quadratic(x)}
+        self.flags = {"HAS_COUNT": x.count0 is not None, "MEAN": x.mean} | self.meet
         self.columns = triton.cdiv(self.dv, self.common["BV"])
 
     def tensor(self, x: Tensor | None) -> Tensor:
@@ -82,22 +83,22 @@ class _Forward(gpu.GpuProblem):
             PACKED=self.x.cu_seqlens is not None, BLOCK=block,
         )  # fmt: skip
 
-    def run_forward(self, pieces: Pieces, read: Pair, o: Tensor) -> None:
+    def run_forward(self, pieces: Pieces, read: Read, o: Tensor) -> None:
         x = self.x
         self.forward_kernels.forward[(pieces.total, self.heads, self.columns)](
-            x.q, x.k, x.v, self.gate, o, *self.tables, self.tensor(x.count0), *self.places(pieces), *read,
-            *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m, pieces.each, self.parts_of(self.m), self.heads,
-            self.heads // self.kv_heads, x.key_power, x.alpha, x.eps, x.norm_eps, **self.common, **self.cube,
-            **self.gated, **self.flags,
+            x.q, x.k, x.v, self.gate, o, *self.tables, self.tensor(x.count0), *self.places(pieces),
+            *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m, pieces.each,
+            self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps, x.norm_eps,
+            **self.common, **self.cube, **self.gated, **self.flags,
         )  # fmt: skip
 
-    def run_queries(self, pieces: Pieces, read: Pair, *tensors: Tensor | None) -> None:
+    def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
         x = self.x
         self.backward_kernels.grad_queries[(pieces.total, self.heads)](
             x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, self.tensor(x.count0),
-            *self.places(pieces), *read, *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m, pieces.each,
-            self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps, x.norm_eps,
-            **self.common, **self.cube, **self.gated, **self.flags,
+            *self.places(pieces), *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m,
+            pieces.each, self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps,
+            x.norm_eps, **self.common, **self.cube, **self.gated, **self.flags,
         )  # fmt: skip
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
@@ -108,13 +109,13 @@ class _Forward(gpu.GpuProblem):
             **self.gated,
         )  # fmt: skip
 
-    def run_keys(self, pieces: Pieces, *tensors: Tensor) -> None:
+    def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
         x = self.x
         self.backward_kernels.grad_keys[(pieces.total, self.kv_heads)](
-            x.q, x.k, x.v, self.gate, *tensors, *self.tables, *self.places(pieces),
-            *self.strides(x.q, x.k, x.v, self.gate), self.m, pieces.each, self.parts_of(self.n), self.heads,
+            x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, *self.places(pieces),
+            *self.strides(x.q, x.k, x.v, self.gate), self.m, self.n, pieces.each, self.parts_of(self.n), self.heads,
             self.heads // self.kv_heads, x.key_power, x.alpha, x.norm_eps, **self.common, **self.cube, **self.gated,
-            CAUSAL=x.causal,
+            **self.meet,
         )  # fmt: skip
 
 
@@ -128,4 +129,5 @@ class _Backward(_Forward):
 forward: Any = partial(gpu.forward, _Forward)
 backward: Any = partial(gpu.backward, _Backward)
 advance: Any = partial(gpu.advance, _Forward)
+quadratic = gpu.quadratic
 why_not = gpu.why_not

@@ -39,7 +39,7 @@ from pyelastic.ops import _norm_linear_attention_cpu as cpu
 from pyelastic.ops import _norm_linear_attention_cuda as cuda
 from pyelastic.ops import _norm_linear_attention_triton as triton
 from pyelastic.ops import _triton
-from pyelastic.ops._norm_linear_attention import Inputs
+from pyelastic.ops._norm_linear_attention import Inputs, empty_like
 from pyelastic.ops._norm_linear_attention import LinearAttentionState as LinearAttentionState
 from pyelastic.ops._norm_linear_attention_checks import (
     DTYPES,
@@ -199,20 +199,24 @@ STEP = (
 )
 # Inputs that can have a gradient: their places in the schema.
 DIFFERENTIABLE = (0, 1, 2, 3, 4, 9, 10)
+ROWS = (0, 1, 2, 4)  # q, k, v and the gate
 
 
 def _fake_forward(launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
     x = Inputs(*arguments)
-    s, z = ((0,), (0,)) if launcher is cpu and cpu.quadratic(x) else x.state_shapes()
-    return x.q.new_empty(x.output_shape()), x.q.new_empty(s, dtype=x.dtype), x.q.new_empty(z, dtype=x.dtype)
+    s, z = ((0,), (0,)) if launcher.quadratic(x) else x.state_shapes()
+    o = x.empty_output() if launcher is cpu else x.q.new_empty(x.output_shape())
+    return o, x.q.new_empty(s, dtype=x.dtype), x.q.new_empty(z, dtype=x.dtype)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    needs = arguments[-1]
-    inputs = [arguments[i] for i in DIFFERENTIABLE]
-    q = arguments[0]
-    made = zip(inputs, needs, strict=True)
-    return tuple(q.new_empty(x.shape, dtype=x.dtype) if x is not None and need else q.new_empty(0) for x, need in made)
+def _fake_backward(launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def made(place: int, need: bool) -> Tensor:
+        x: Tensor | None = arguments[place]
+        if x is None or not need:
+            return arguments[0].new_empty(0)
+        return empty_like(x, x.shape[3]) if place in ROWS and launcher is cpu else x.new_empty(x.shape)
+
+    return tuple(map(made, DIFFERENTIABLE, arguments[-1]))
 
 
 def _fake_step(*arguments: Any) -> Tensor:
@@ -220,8 +224,8 @@ def _fake_step(*arguments: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-# A launcher has forward and backward, as the schemas, and advance(inputs) -> o, a causal forward that leaves the state
-# after its tokens in inputs.s0 and inputs.z0.
+# A launcher has forward and backward, as the schemas, quadratic(inputs), whether these make no states, and
+# advance(inputs) -> o, a causal forward that leaves the state after its tokens in inputs.s0 and inputs.z0.
 LAUNCHERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 
@@ -240,7 +244,7 @@ def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
 
     return (
         _library.define(f"{OP}_fwd", name, FORWARD, launcher.forward, partial(_fake_forward, launcher)),
-        _library.define(f"{OP}_bwd", name, BACKWARD, launcher.backward, _fake_backward),
+        _library.define(f"{OP}_bwd", name, BACKWARD, launcher.backward, partial(_fake_backward, launcher)),
         _library.define(f"{OP}_step", name, STEP, step, _fake_step),
     )
 
