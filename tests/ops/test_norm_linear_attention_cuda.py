@@ -8,10 +8,13 @@ from typing import Any
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import OP, call, compare, make, upstream_of
+from norm_linear_attention_cases import OP, Case, _compare, call, compare, make, upstream_of
+from norm_linear_attention_reference import reference
 
 import pyelastic
 from pyelastic import _extension
+from pyelastic.ops import _norm_linear_attention_cuda as launcher
+from pyelastic.ops import _norm_linear_attention_gpu as gpu
 
 pytestmark = pytest.mark.skipif("cuda" not in backends.implemented(OP), reason="no GPU and no emulator")
 
@@ -111,10 +114,77 @@ def test_tensor_cores_polaformer(d: int, causal: bool) -> None:
         assert 0 < error < 1e-2
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls that ask for no state go in quadratic order whatever it costs; the names of the kernels they run."""
+    called: list[str] = []
+    original = launcher._Problem.call
+
+    def spy(self: launcher._Problem, name: str, *arguments: Any) -> None:
+        called.append(name)
+        original(self, name, *arguments)
+
+    monkeypatch.setattr(launcher._Problem, "call", spy)
+    monkeypatch.setattr(gpu, "quadratic", lambda x: not x.final_state)
+    return called
+
+
+def compare_alone(case: Case, called: list[str]) -> None:
+    upstream = upstream_of(case)
+    _compare("cuda", case, reference(case, upstream), upstream, False)
+    assert called == ["forward", "queries", "keys"]
+
+
+SHORT = [(n, n) for n in (1, 16, 17, 64, 65, 128)]
+APART = [(1, 128), (17, 65), (65, 16), (128, 33)]  # queries and keys; causal, there are as many of both
+WIDTHS = [(6, 5, torch.float32), (6, 33, torch.bfloat16), (8, 16, torch.bfloat16), (72, 24, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("causal", "n", "m"), [(True, *s) for s in SHORT] + [(False, *s) for s in SHORT + APART])
+@pytest.mark.parametrize("rope", (None, "num", "both"))
+@pytest.mark.parametrize(("d", "dv", "dtype"), WIDTHS)
+def test_without_states(
+    alone: list[str], causal: bool, n: int, m: int, rope: str | None, d: int, dv: int, dtype: torch.dtype
+) -> None:
+    batch, odd = 2 if n < 64 else 1, n == m and n % 2 == 1
+    options = {"mode": "cos" if odd else "split", "eps_mode": "sum" if n == 64 else "mean", "gate": rope != "both"}
+    sizes = {"heads": 2, "kv_heads": 1, "d": d, "dv": dv, "dtype": dtype}
+    compare_alone(make(batch, n, m, rope=rope, causal=causal, learned=True, **sizes, **options), alone)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_without_states_widest_heads(alone: list[str], causal: bool, dtype: torch.dtype) -> None:
+    case = make(1, 70, heads=1, d=128, dv=128, dtype=dtype, rope="num", causal=causal, gate=True)
+    compare_alone(case, alone)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(("d", "dtype", "limit"), [(6, torch.float32, 1e-5), (16, torch.bfloat16, 1e-2)])
+def test_without_states_polaformer(alone: list[str], causal: bool, d: int, dtype: torch.dtype, limit: float) -> None:
+    """Both of its maps, against eager in float64."""
+    random, device = torch.Generator().manual_seed(3), backends.device_of("cuda")
+    given = [torch.randn(1, 70, 2, w, generator=random).to(dtype) for w in (d, d, 16)]
+    given.append(1 + 2 * torch.rand(2, d, generator=random))
+    upstream, found = torch.randn(1, 70, 2, 16, generator=random).to(dtype), []
+    for backend in ("cuda", "eager"):
+        exact = backend == "eager"
+        leaves = [(x.double() if exact else x.to(device)).detach().requires_grad_() for x in given]
+        o = pyelastic.polaformer_attention(*leaves, causal=causal, backend=backend, eps=1e-3)
+        o.backward(upstream.to(o))
+        found.append([o.detach(), *(x.grad for x in leaves)])
+    assert set(alone) == {"forward", "queries", "keys"}
+    for made, truth in zip(*found, strict=True):
+        assert (made.cpu().double() - truth).norm() / truth.norm() < limit
+
+
 @pytest.mark.skipif(backends.EMULATOR is None, reason="the order of threads is the emulator's to choose")
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("tensor_cores", (False, True))
-def test_order_of_threads_and_blocks_changes_no_bit(causal: bool, tensor_cores: bool) -> None:
+@pytest.mark.parametrize("final", (False, True))
+def test_order_of_threads_and_blocks_changes_no_bit(
+    alone: list[str], causal: bool, tensor_cores: bool, final: bool
+) -> None:
     emulator = backends.EMULATOR
     assert emulator is not None
     sizes = {"d": 8, "dv": 8, "dtype": torch.bfloat16} if tensor_cores else {"d": 4}
@@ -122,7 +192,7 @@ def test_order_of_threads_and_blocks_changes_no_bit(causal: bool, tensor_cores: 
     found = []
     for seed in range(3):
         emulator.set_seed(seed)
-        made, leaves = call("cuda", case)
+        made, leaves = call("cuda", case, final=final)
         made["o"].backward(upstream_of(case)["o"])
         found.append([made["o"].detach(), *(x.grad for x in leaves.values())])
     for other in found[1:]:
