@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import backends
+import gpu_sanitize
 import pytest
 import torch
 from fira_cases import problem, run
@@ -60,3 +61,21 @@ def test_whichever_block_is_last_the_bits_are_the_same(
     assert float(results[0][3]) == 6 and float(results[0][1]) != float(given.state.limiter_norm)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(backends.EMULATOR is None, reason="on a GPU compute-sanitizer runs them")
+def test_the_cases_of_the_sanitizer_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = _extension.load_cuda()
+    seen: set[tuple[str, bool]] = set()
+
+    class Seen:
+        def __getattr__(self, name: str) -> Any:
+            def call(group: Any, shared: Any, stream: int) -> None:
+                seen.add((name.removeprefix("cuda_fira_"), shared[-1]))
+                getattr(module, name)(group, shared, stream)
+
+            return call
+
+    monkeypatch.setattr(launcher._extension, "load_cuda", lambda: (Seen(), True))
+    gpu_sanitize.run_fira("cpu")
+    assert seen == {(name, mma) for name in launcher.KERNELS for mma in (False, True)}
