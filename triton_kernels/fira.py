@@ -29,7 +29,7 @@ FIRA_CONFIGS = {
 }
 WIDE_WARPS = 8  # of `apply` with stochastic rounding (4 spill on sm_80) or 8-bit moments and 16-bit operands (sm_100)
 NORM_EPS = tl.constexpr(1e-8)  # beside |R_j| and beside the limiter's norm
-LIMITER_BLOCK, LIMITER_WARPS = 1024, 8  # 4 warps spill
+LIMITER_BLOCK, LIMITER_WARPS = 1024, 16  # 8 warps spill on sm_80
 # The limiter's s^2 may be this much smaller than sum_j phi_j^2 |x_j|^2 before the residual is formed; the second number
 # where P is 16-bit and no Gram matrix is given: P^T P is then off by up to 2^-9.
 KAPPA = (1e3, 16.0)
