@@ -102,9 +102,12 @@ def memory_only(full: bool) -> list[Case]:
     return []
 
 
-def _keeping(make: Callable[[Tensor], Any]) -> Step:
-    """A step of an optimizer that ``make`` builds around the weight, with the state of the calls before."""
-    known: dict[int, tuple[Tensor, Any]] = {}
+Known = dict[int, tuple[Tensor, Any]]  # by address of the weight: what is stepped, and its optimizer
+
+
+def _keeping(make: Callable[[Tensor], Any], known: Known | None = None) -> Step:
+    """A step of an optimizer that ``make`` builds around the weight, with the state of the calls before: ``known``."""
+    known = {} if known is None else known
 
     def run(w: Tensor, g: Tensor) -> Tensor:
         if w.data_ptr() not in known:
@@ -162,8 +165,19 @@ def _truth(rank: int, mode: str, w: Tensor, g: Tensor) -> tuple[Tensor]:
     left = projectors.side_is_left(w.shape, "std")
     with _one_svd(g):
         basis = projectors.svd(g, None, rank, left, 0).to(w.dtype)
+    return _exact(basis if left else basis.mT, mode, w, g)
+
+
+def _sketch_truth(known: Known, w: Tensor, g: Tensor) -> tuple[Tensor]:
+    """Of apollo-torch, by the sketch that it drew in the step before: state that the optimizer shows."""
+    p, optimizer = known[w.data_ptr()]
+    return _exact(optimizer.state[p]["projector"].ortho_matrix, "apollo", w, g)
+
+
+def _exact(projector: Tensor, mode: str, w: Tensor, g: Tensor) -> tuple[Tensor]:
+    left = projectors.side_is_left(w.shape, "std")
     exact = w.double()
-    state = pyelastic.fira_state(exact, (basis if left else basis.mT).double().contiguous(), left=left)
+    state = pyelastic.fira_state(exact, projector.double().contiguous(), left=left)
     pyelastic.fira([exact], [g.double()], [state], left=[left], lr=LR, alpha=ALPHA, mode=mode, backend="eager")
     return (exact,)
 
@@ -202,7 +216,10 @@ def _peer(module: str, name: str) -> Any:
     silent = io.StringIO()
     with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(module), name, None)
+        try:
+            return getattr(importlib.import_module(module), name, None)
+        except ImportError:  # one of its own dependencies
+            return None
 
 
 def variants(case: Case, device: str) -> dict[str, Variant]:
@@ -216,9 +233,10 @@ def variants(case: Case, device: str) -> dict[str, Variant]:
 
     backends = ("cuda", "triton", "eager") if device == "cuda" else ("cpu", "eager")
     found = {f"pyelastic {name}": Variant(ours(name), limit, truth=fira_truth) for name in backends}
-    found[f"pyelastic {backends[0]}, GaLore mode"] = Variant(
-        ours(backends[0], mode="galore"), limit, truth=partial(_truth, rank, "galore")
-    )
+    for label, mode in (("GaLore", "galore"), ("Apollo", "apollo")):
+        found[f"pyelastic {backends[0]}, {label} mode"] = Variant(
+            ours(backends[0], mode=mode), limit, truth=partial(_truth, rank, mode)
+        )
     found["eager, compiled"] = Variant(_compiled(rank), limit, truth=fira_truth)
     if official := _peer("fira", "FiraAdamW"):
         found["fira (published)"] = Variant(
@@ -235,6 +253,12 @@ def variants(case: Case, device: str) -> dict[str, Variant]:
             _keeping(lambda p: galore(_group(p, rank, scale=ALPHA), lr=LR, no_deprecation_warning=True)), limit,
             truth=partial(_truth, rank, "galore"),
         )  # fmt: skip
+    if apollo := _peer("apollo_torch", "APOLLOAdamW"):
+        drawn: Known = {}
+        sketched = partial(_group, rank=rank, scale=ALPHA, proj="random", scale_type="channel")
+        found["apollo-torch"] = Variant(
+            _keeping(lambda p: apollo(sketched(p), lr=LR), drawn), limit, truth=partial(_sketch_truth, drawn)
+        )
     for name in ("fused", "foreach"):
         adam = partial(torch.optim.AdamW, lr=LR, eps=1e-8, weight_decay=0.0, **{name: True})
         found[f"torch AdamW {name}"] = Variant(

@@ -147,9 +147,7 @@ void bind_fira(py::module_& m) {
   };
   def("cuda_fira_project", pyelastic::cuda::fira_project);
   def("cuda_fira_moments", pyelastic::cuda::fira_moments);
-  def("cuda_fira_limiter", pyelastic::cuda::fira_limiter);
   def("cuda_fira_residual", pyelastic::cuda::fira_residual);
-  def("cuda_fira_limiter_exact", pyelastic::cuda::fira_limiter_exact);
   def("cuda_fira_coefficients", pyelastic::cuda::fira_coefficients);
   def("cuda_fira_apply", pyelastic::cuda::fira_apply);
 }

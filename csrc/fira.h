@@ -116,17 +116,18 @@ extern const FiraProducts fira_products;
 // --- CUDA -----------------------------------------------------------------------------------------------
 //
 // The same step for up to kFiraGroup matrices at once, launched by pyelastic/ops/_fira_cuda.py in this order: project,
-// moments, limiter, coefficients, apply; near a_r = 1 residual and limiter_exact follow the limiter, which has marked in
-// `scalars` the matrices whose q cancelled, and do nothing for the others. Descriptors travel as kernel arguments, so a
-// launch can be captured in a CUDA graph; nothing synchronises, no atomics, sums in a fixed order.
+// moments, coefficients, apply; near a_r = 1 residual follows moments, which has marked in `scalars` the matrices whose q
+// cancelled, and does nothing for the others. The limiter is the work of the last block of moments, and of residual, to
+// finish a matrix: the only atomic is the ticket that finds it, and it sums in a fixed order. Descriptors travel as kernel
+// arguments, so a launch can be captured in a CUDA graph; nothing synchronises.
 namespace cuda {
 
 using Stream = void*;
 constexpr int kFiraGroup = 16;
 
 // One matrix. Scratch: r [L, r] float in the moments' layout, c the same in the operand type (the matrix units) or r
-// itself, stats [4, L] (|x|^2, then |S_j|^2 / phi_j^2 if formed; |R|^2, |N|^2, R^T M R), f [L], scalars [5] (step size, keep,
-// 1 = form the residual, steps taken, the limiter's norm before).
+// itself, stats [4, L] (|x|^2, then |S_j|^2 / phi_j^2 if formed; |R|^2, |N|^2, R^T M R), f [L], scalars [6] (step size, keep,
+// 1 = form the residual, steps taken, the limiter's norm before, and the bits of the ticket).
 struct FiraMatrix {
   void* w;
   const void *g, *p;
@@ -155,9 +156,7 @@ struct FiraShared {
 
 void fira_project(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
-void fira_limiter(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_residual(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
-void fira_limiter_exact(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 void fira_apply(const FiraMatrix* matrices, int count, const FiraShared& shared, Stream stream);
 

@@ -28,7 +28,7 @@ def requests() -> dict[str, dict[str, Any]]:
 
     found: dict[str, dict[str, Any]] = {}
     tables = dict.fromkeys(("p_table", "p_first"), "*i64")
-    pointers = {"p_factor": "*fp32", "p_inf": "*fp32", "p_lr": "*fp64"}
+    pointers = {"p_scratch": "*fp32", "p_factor": "*fp32", "p_inf": "*fp32", "p_lr": "*fp64"}
     signature = {**tables, **pointers, **dict.fromkeys(NUMBERS, "fp32")}
 
     def add(name: str, kernel: str, arch: int, config: Sequence[int], **options: Any) -> None:

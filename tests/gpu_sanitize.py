@@ -63,6 +63,7 @@ def run_cases() -> None:
             y.backward(torch.randn_like(y))
     run_maxsim()
     run_norm_linear_attention()
+    run_fira()
     torch.cuda.synchronize()
 
 
@@ -106,6 +107,37 @@ def run_norm_linear_attention() -> None:
             power = torch.full((2, 20), 2.0, device="cuda", requires_grad=True)
             o = pyelastic.polaformer_attention(q[:, :, :2], k, v[..., :34], power, causal=causal, backend="cuda")
             o.float().sum().backward()
+
+
+def run_fira(device: str = "cuda") -> None:
+    """Both sides, matrix units and float32 tiles, all storages, a residual that has to be formed; groups."""
+    import torch
+
+    import pyelastic
+
+    plain, half = (torch.float32, False), (torch.float16, torch.bfloat16)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cases = [(plain, {}), ((torch.bfloat16, False), {"mode": "paper"}), ((torch.int8, False), {"per_matrix": True})]
+        cases += [(plain, {"alpha": 1.0}), (plain, {"found_inf": torch.ones((), device=device)})]
+        cases += [((torch.float32, True), {})] if dtype in half else []
+        cases += [(plain, {"stochastic": True})] if dtype == torch.bfloat16 else []
+        for (state_dtype, compensated), options in cases:
+            params, grads, states, left = [], [], [], []
+            for m, n, rank in ((33, 70, 5), (70, 33, 5), (48, 144, 136), (144, 48, 40), (8, 8, 8)):
+                side = m < n
+                basis = torch.linalg.qr(torch.randn(min(m, n), min(rank, m, n), device=device))[0]
+                projector = (basis if side else basis.mT).to(dtype).contiguous()
+                w, noise = (torch.randn(m, n, device=device) for _ in range(2))
+                g = basis @ (basis.mT @ noise) if side else (noise @ basis) @ basis.mT
+                gram = (basis.mT @ basis) if "alpha" in options and rank == 5 else None
+                params.append(w.to(dtype))
+                grads.append((g + (1e-6 if "alpha" in options else 0.5) * noise).to(dtype))
+                states.append(pyelastic.fira_state(
+                    params[-1], projector, left=side, state_dtype=state_dtype, gram=gram, compensated=compensated,
+                ))  # fmt: skip
+                left.append(side)
+            for _ in range(2):
+                pyelastic.fira(params, grads, states, left=left, lr=0.1, backend="cuda", **options)
 
 
 def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:

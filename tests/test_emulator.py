@@ -32,11 +32,15 @@ BUGS = {
     13: "misaligned vector load",
     14: "missing cp.async wait",
     15: "write after reads of many",
+    16: "no fence before the ticket",
+    17: "no fence after the ticket",
+    18: "no barrier before the fence",
 }
+TICKETS = (16, 17, 18)
 CAUGHT_BY = {
     "plain": {1, 2, 5, 6, 9, 10, 12, 14},
     "asan": {1, 2, 4, 5, 6, 9, 10, 12, 13, 14},
-    "race": {1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15},
+    "race": {1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17, 18},
 }
 SEEDS = 20
 ROWS, COLUMNS = 16, 300
@@ -60,6 +64,8 @@ def catches(module: ModuleType, bug: int, seed: int) -> str | None:
     x = x.clone()
     out = torch.zeros(ROWS)
     try:
+        if bug in TICKETS:
+            return None if last_block_sum(module, bug, x) else "wrong result"
         module.row_sum(bug, x.data_ptr(), ROWS, COLUMNS, out.data_ptr(), 0)
     except RuntimeError as error:
         return str(error)
@@ -71,6 +77,13 @@ def catches(module: ModuleType, bug: int, seed: int) -> str | None:
     else:
         right = torch.allclose(out, x.sum(1), atol=1e-3)
     return None if right else "wrong result"
+
+
+def last_block_sum(module: ModuleType, bug: int, x: torch.Tensor) -> bool:
+    """Whether the sum of all of x, by the last block to come, is right and the ticket 0 again."""
+    sums, ticket, out = torch.full((ROWS, 128), torch.nan), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    module.last_block_sum(bug, x.data_ptr(), ROWS, COLUMNS, sums.data_ptr(), ticket.data_ptr(), out.data_ptr(), 0)
+    return torch.allclose(out[0], x.sum(), atol=1e-2) and int(ticket) == 0
 
 
 def test_every_bug_is_caught_by_some_build() -> None:
@@ -116,6 +129,7 @@ def check_clean(module: ModuleType, seed: int) -> None:
     x, out = torch.randn(4), torch.zeros(1)
     module.first_four(x.data_ptr(), out.data_ptr(), 0)
     assert torch.equal(out, ((x[0] + x[1]) + x[2] + x[3]).view(1))
+    assert last_block_sum(module, 0, torch.randn(ROWS, COLUMNS))
     counts = torch.zeros(1, dtype=torch.int32)
     module.count(counts.data_ptr(), 5, 0)
     assert int(counts) == 5 * 64

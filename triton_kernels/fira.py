@@ -29,7 +29,7 @@ FIRA_CONFIGS = {
 }
 WIDE_WARPS = 8  # of `apply` with stochastic rounding (4 spill on sm_80) or 8-bit moments and 16-bit operands (sm_100)
 NORM_EPS = tl.constexpr(1e-8)  # beside |R_j| and beside the limiter's norm
-LIMITER_BLOCK, LIMITER_WARPS = 1024, 8  # 4 warps spill
+LIMITER_BLOCK, LIMITER_WARPS = 1024, 16  # 8 warps spill on sm_80
 # The limiter's s^2 may be this much smaller than sum_j phi_j^2 |x_j|^2 before the residual is formed; the second number
 # where P is 16-bit and no Gram matrix is given: P^T P is then off by up to 2^-9.
 KAPPA = (1e3, 16.0)
@@ -46,11 +46,11 @@ MOMENTS_CONFIGS = {
 
 GROUP = 64  # matrices of a launch
 FIELDS = tl.constexpr(24)
-# Addresses, then sizes and row strides in elements. W, X (the gradient): [L, d]; P: [d, r]; R, m, v: [L, r]; scales:
-# [L, ceil(r / 128)]; gram: [r, r]; rest, what rounding W cut off: [L, d]; stats: [4, L], |x|^2 (then |x - a_r P r|^2),
-# |R|^2, |N|^2, R^T M R; f: [L]; scalars: [8]; the limiter's norm and the step: numbers. All float32 but W, X, P, rest
-# (of W's dtype), m and v. The unit stride is the second on the right, the first on the left, but for P the other way
-# round; scales and stats lie the same on both sides.
+# Addresses (R, stats, f, scalars: offsets in the scratch), then sizes and row strides in elements. W, X (the gradient):
+# [L, d]; P: [d, r]; R, m, v: [L, r]; scales: [L, ceil(r / 128)]; gram: [r, r]; rest, what rounding W cut off: [L, d];
+# stats: [4, L], |x|^2 (then |x - a_r P r|^2), |R|^2, |N|^2, R^T M R; f: [L]; scalars: [8]; the limiter's norm and the
+# step: numbers. All float32 but W, X, P, rest (of W's dtype), m and v. The unit stride is the second on the right, the
+# first on the left, but for P the other way round; scales and stats lie the same on both sides.
 W, X, P, R_, M, V, M_SCALE, V_SCALE, GRAM, REST, STATS, F, SCALARS, NORM, STEP = map(tl.constexpr, range(15))
 VECTORS, DIM, RANK, W_STRIDE, X_STRIDE, SEED_LOW, SEED_HIGH = map(tl.constexpr, range(15, 22))
 # Of scalars: the step's size, 1 - lr wd, 1 if the residual has to be formed, steps taken, the limiter's norm before,
@@ -72,17 +72,20 @@ def _matrix(p_table, p_first):
 @triton.jit
 def _pointer(p_row, FIELD: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
     p = tl.load(p_row + FIELD).to(tl.pointer_type(T))
-    if ALIGNED:
-        p = tl.multiple_of(p, 16)
-    return p
+    return tl.multiple_of(p, 16) if ALIGNED else p
+
+
+@triton.jit
+def _scratch(p_scratch, p_row, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Scratch is an argument and the table holds where in it: the table is the same from step to step."""
+    p = p_scratch + tl.load(p_row + FIELD)
+    return tl.multiple_of(p, 16) if ALIGNED else p
 
 
 @triton.jit
 def _size(p_row, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
     n = tl.load(p_row + FIELD)
-    if ALIGNED:
-        n = tl.multiple_of(n, 16)
-    return n
+    return tl.multiple_of(n, 16) if ALIGNED else n
 
 
 @triton.jit
@@ -172,7 +175,7 @@ def _encode_v(b, scale):
 
 @triton.jit
 def project(
-    p_table, p_first,
+    p_table, p_first, p_scratch,
     LEFT: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -195,15 +198,15 @@ def project(
         acc = tl.dot(b_x, b_p, acc, input_precision="tf32x3")
         wide = b_x.to(tl.float32)
         square += tl.sum(wide * wide, axis=1)
-    p_r = _pointer(p_row, R_, tl.float32, ALIGNED)
+    p_r = _scratch(p_scratch, p_row, R_, ALIGNED)
     tl.store(p_r + _at(o_l, o_n, L if LEFT else R, LEFT), acc, mask=m_l[:, None] & m_n[None, :])
     if block // tiles == 0:
-        tl.store(_pointer(p_row, STATS, tl.float32, ALIGNED) + o_l, square, mask=m_l)
+        tl.store(_scratch(p_scratch, p_row, STATS, ALIGNED) + o_l, square, mask=m_l)
 
 
 @triton.jit
 def moments(
-    p_table, p_first, p_factor, p_inf, beta1, rest1, beta2, rest2, eps, log_beta1, log_beta2,
+    p_table, p_first, p_scratch, p_factor, p_inf, beta1, rest1, beta2, rest2, eps, log_beta1, log_beta2,
     LEFT: tl.constexpr, ALIGNED: tl.constexpr, MOMENT: tl.constexpr, EIGHT: tl.constexpr, HAS_GRAM: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_INF: tl.constexpr, MAXIMIZE: tl.constexpr, PAPER: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -212,10 +215,10 @@ def moments(
     if _runs(p_inf, HAS_INF):
         p_row, block = _matrix(p_table, p_first)
         L, R = _size(p_row, VECTORS, ALIGNED), _size(p_row, RANK, ALIGNED)
-        p_r = _pointer(p_row, R_, tl.float32, ALIGNED)
+        p_r = _scratch(p_scratch, p_row, R_, ALIGNED)
         p_m, p_v = _pointer(p_row, M, MOMENT, ALIGNED), _pointer(p_row, V, tl.uint8 if EIGHT else MOMENT, ALIGNED)
         p_m_scale, p_v_scale = _pointer(p_row, M_SCALE, tl.float32, False), _pointer(p_row, V_SCALE, tl.float32, False)
-        p_gram, p_stats = _pointer(p_row, GRAM, tl.float32, ALIGNED), _pointer(p_row, STATS, tl.float32, ALIGNED)
+        p_gram, p_stats = _pointer(p_row, GRAM, tl.float32, ALIGNED), _scratch(p_scratch, p_row, STATS, ALIGNED)
         factor = _factor(p_factor, HAS_FACTOR, MAXIMIZE)
         correction = 1.0
         if PAPER:
@@ -272,12 +275,12 @@ def moments(
 
 @triton.jit
 def _limit(
-    p_row, before, factor, gamma, a_r, a_s, most,
+    p_row, p_scratch, before, factor, gamma, a_r, a_s, most,
     EXACT: tl.constexpr, ALIGNED: tl.constexpr, PER_MATRIX: tl.constexpr, COLLAPSE: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """f and the limiter's norm; sums in float64. EXACT: the first row of stats holds |x - a_r P r|^2."""
     L = _size(p_row, VECTORS, ALIGNED)
-    p_stats, p_f = _pointer(p_row, STATS, tl.float32, ALIGNED), _pointer(p_row, F, tl.float32, ALIGNED)
+    p_stats, p_f = _scratch(p_scratch, p_row, STATS, ALIGNED), _scratch(p_scratch, p_row, F, ALIGNED)
     r_all = tl.zeros([BLOCK_L], tl.float64)
     n_all = tl.zeros([BLOCK_L], tl.float64)
     if PER_MATRIX:
@@ -318,7 +321,7 @@ def _limit(
     tl.store(_pointer(p_row, NORM, tl.float32, False), kept.to(tl.float32))
     if not EXACT:
         form = (tl.sum(x_all, axis=0) > most * s2).to(tl.float32)
-        tl.store(_pointer(p_row, SCALARS, tl.float32, False) + FORM, form)
+        tl.store(_scratch(p_scratch, p_row, SCALARS, False) + FORM, form)
     for j in range(0, L, BLOCK_L):
         o = j + tl.arange(0, BLOCK_L).to(tl.int64)
         phi = tl.zeros([BLOCK_L], tl.float64) + one
@@ -331,13 +334,13 @@ def _limit(
 
 @triton.jit
 def limiter(
-    p_table, p_factor, p_inf, p_lr, log_beta1, log_beta2, weight_decay, gamma, a_r, a_s, most,
+    p_table, p_scratch, p_factor, p_inf, p_lr, log_beta1, log_beta2, weight_decay, gamma, a_r, a_s, most,
     ALIGNED: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_INF: tl.constexpr, MAXIMIZE: tl.constexpr, PAPER: tl.constexpr,
     HAS_S: tl.constexpr, PER_MATRIX: tl.constexpr, COLLAPSE: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program a matrix. HAS_S: a_s is not 0; else f is 0 and the norm stays."""
     p_row = p_table + tl.program_id(0).to(tl.int64) * FIELDS
-    p_scalars = _pointer(p_row, SCALARS, tl.float32, False)
+    p_scalars = _scratch(p_scratch, p_row, SCALARS, False)
     if _runs(p_inf, HAS_INF):
         p_step = _pointer(p_row, STEP, tl.float32, False)
         taken, before = tl.load(p_step) + 1.0, tl.load(_pointer(p_row, NORM, tl.float32, False))
@@ -353,10 +356,11 @@ def limiter(
         tl.store(p_step, taken)
         if HAS_S:
             factor = _factor(p_factor, HAS_FACTOR, MAXIMIZE)
-            _limit(p_row, before, factor, gamma, a_r, a_s, most, False, ALIGNED, PER_MATRIX, COLLAPSE, BLOCK_L)
+            _limit(p_row, p_scratch, before, factor, gamma, a_r, a_s, most, False, ALIGNED, PER_MATRIX, COLLAPSE,
+                   BLOCK_L)  # fmt: skip
         else:
             L = _size(p_row, VECTORS, ALIGNED)
-            p_f = _pointer(p_row, F, tl.float32, ALIGNED)
+            p_f = _scratch(p_scratch, p_row, F, ALIGNED)
             for j in range(0, L, BLOCK_L):
                 o = j + tl.arange(0, BLOCK_L).to(tl.int64)
                 tl.store(p_f + o, tl.zeros([BLOCK_L], tl.float32), mask=o < L)
@@ -366,31 +370,31 @@ def limiter(
 
 @triton.jit
 def limiter_exact(
-    p_table, p_factor, gamma, a_r, a_s, most,
+    p_table, p_scratch, p_factor, gamma, a_r, a_s, most,
     ALIGNED: tl.constexpr, HAS_FACTOR: tl.constexpr, MAXIMIZE: tl.constexpr,
     PER_MATRIX: tl.constexpr, COLLAPSE: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """The limiter again, where ``residual`` has formed the norms."""
     p_row = p_table + tl.program_id(0).to(tl.int64) * FIELDS
-    p_scalars = _pointer(p_row, SCALARS, tl.float32, False)
+    p_scalars = _scratch(p_scratch, p_row, SCALARS, False)
     if tl.load(p_scalars + FORM) != 0.0:
         factor, before = _factor(p_factor, HAS_FACTOR, MAXIMIZE), tl.load(p_scalars + BEFORE)
-        _limit(p_row, before, factor, gamma, a_r, a_s, most, True, ALIGNED, PER_MATRIX, COLLAPSE, BLOCK_L)
+        _limit(p_row, p_scratch, before, factor, gamma, a_r, a_s, most, True, ALIGNED, PER_MATRIX, COLLAPSE, BLOCK_L)
 
 
 @triton.jit
 def residual(
-    p_table, p_first, a_r,
+    p_table, p_first, p_scratch, a_r,
     LEFT: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """|x - a_r P r|^2 over |x|^2, where the limiter asks for it. A program walks over all of d: the sum has one order
     and needs no scratch."""
     p_row, block = _matrix(p_table, p_first)
-    if tl.load(_pointer(p_row, SCALARS, tl.float32, False) + FORM) != 0.0:
+    if tl.load(_scratch(p_scratch, p_row, SCALARS, False) + FORM) != 0.0:
         L, D, R = _size(p_row, VECTORS, ALIGNED), _size(p_row, DIM, ALIGNED), _size(p_row, RANK, ALIGNED)
         p_x, p_p = _pointer(p_row, X, OPERAND, ALIGNED), _pointer(p_row, P, OPERAND, ALIGNED)
-        p_r, s_x = _pointer(p_row, R_, tl.float32, ALIGNED), _size(p_row, X_STRIDE, ALIGNED)
+        p_r, s_x = _scratch(p_scratch, p_row, R_, ALIGNED), _size(p_row, X_STRIDE, ALIGNED)
         o_l = block * BLOCK_L + tl.arange(0, BLOCK_L)
         m_l = o_l < L
         square = tl.zeros([BLOCK_L], tl.float64)
@@ -408,7 +412,7 @@ def residual(
             b_x = tl.load(p_x + _at(o_l, o_d, s_x, LEFT), mask=m_l[:, None] & m_d[None, :], other=0.0)
             b_q = b_x.to(tl.float32) - a_r * acc
             square += tl.sum(b_q * b_q, axis=1).to(tl.float64)
-        tl.store(_pointer(p_row, STATS, tl.float32, ALIGNED) + o_l, square.to(tl.float32), mask=m_l)
+        tl.store(_scratch(p_scratch, p_row, STATS, ALIGNED) + o_l, square.to(tl.float32), mask=m_l)
 
 
 @triton.jit
@@ -426,7 +430,7 @@ def _mix(x):
 
 @triton.jit
 def apply(
-    p_table, p_first, p_factor, p_inf, eps, a_n, a_r,
+    p_table, p_first, p_scratch, p_factor, p_inf, eps, a_n, a_r,
     LEFT: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr, MOMENT: tl.constexpr, EIGHT: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_INF: tl.constexpr, MAXIMIZE: tl.constexpr,
     BACK: tl.constexpr, HAS_REST: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -441,12 +445,12 @@ def apply(
         o_d = block // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         m_l, m_d = o_l < L, o_d < D
         factor = _factor(p_factor, HAS_FACTOR, MAXIMIZE)
-        p_scalars = _pointer(p_row, SCALARS, tl.float32, False)
+        p_scalars = _scratch(p_scratch, p_row, SCALARS, False)
         size, keep = tl.load(p_scalars + SIZE), tl.load(p_scalars + KEEP)
-        b_f = tl.load(_pointer(p_row, F, tl.float32, ALIGNED) + o_l, mask=m_l, other=0.0)
+        b_f = tl.load(_scratch(p_scratch, p_row, F, ALIGNED) + o_l, mask=m_l, other=0.0)
         acc = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
         if BACK:
-            p_p, p_r = _pointer(p_row, P, OPERAND, ALIGNED), _pointer(p_row, R_, tl.float32, ALIGNED)
+            p_p, p_r = _pointer(p_row, P, OPERAND, ALIGNED), _scratch(p_scratch, p_row, R_, ALIGNED)
             p_m = _pointer(p_row, M, MOMENT, ALIGNED)
             p_v = _pointer(p_row, V, tl.uint8 if EIGHT else MOMENT, ALIGNED)
             p_m_scale = _pointer(p_row, M_SCALE, tl.float32, False)

@@ -74,4 +74,18 @@ __device__ __forceinline__ T block_sum(T x, T* shared) {
   return x;
 }
 
+// Whether this is the last of `blocks` blocks to come here; it then sees what the others wrote before. Blocks that share
+// `ticket`, 0 before and after, call it once. Holds barriers: for all threads of a block.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
+  SHARED(int, last, 1);
+  __syncthreads();  // the fence of one thread then covers the writes of all
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *last != 0;
+}
+
 }  // namespace pyelastic

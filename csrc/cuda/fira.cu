@@ -1,12 +1,13 @@
-// fira on CUDA: five launches for a group of matrices, here the two products. Contract and formulas: ../fira.h.
+// fira on CUDA: four launches for a group of matrices, here the two products. Contract and formulas: ../fira.h.
 //
 // project       R = X P, a block a tile, and |x|^2 from the tile of X that is in shared memory anyway
-// moments       m, v and |R|^2, |N|^2 (and R^T M R); a block 32 vectors
-// limiter       s, lim, f; a block a matrix: the sum over vectors has one order
-// residual      |x - a_r P r|^2 formed, and `limiter_exact` from it: only near a_r = 1, and they return at once but for
+// moments       m, v and |R|^2, |N|^2 (and R^T M R), a block 32 vectors; the last block of a matrix then does the limiter:
+//               s, lim, f from sums over all vectors in one order
+// residual      |x - a_r P r|^2 formed, and the limiter again from it: only near a_r = 1, and it returns at once but for
 //               matrices of which the limiter found that s had lost its digits
 // coefficients  C = a_n N - a_r f R
 // apply         W from C P^T in registers: the tile's epilogue reads W and G and writes W
+// Why C is not made where apply loads it: docs/kernels.md.
 // Both products run on matrix units (bfloat16, float16; tiles of 128 x 128, mma_gemm.cuh) where sizes and addresses allow
 // 16-byte copies, else in float32 on tiles of 64 x 64. Bytes: G twice, W once each way; of the size L r: R written and
 // read twice, m and v read twice and written once, C written once and read once a tile of columns, from L2.
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kFiraThreads) project_simt(FiraGroup group, Fi
     for (int k = 0; k < kDepth; ++k) square += tile[k * kPitch + t] * tile[k * kPitch + t];
   });
   if (n0 == 0 && t < kTile && m0 + t < vectors) x.stats[m0 + t] = square;
+  if (block == 0 && t == 0) *ticket_of(x) = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(mma::kThreads, 2) project_mma(FiraGroup group,
   const std::int64_t block = blockIdx.x - group.first[i_matrix];
   const std::int64_t tiles = (vectors_of(x) + mma::kTileM - 1) / mma::kTileM;
   const std::int64_t m0 = block % tiles * mma::kTileM, n0 = block / tiles * mma::kTileN;
+  if (block == 0 && threadIdx.x == 0) *ticket_of(x) = 0;
   if (x.left) {
     project_tile<true, Type>(x, m0, n0, buffers);
   } else {
@@ -155,6 +158,7 @@ __global__ void __launch_bounds__(kFiraThreads) apply_simt(FiraGroup group, Fira
                   m0, n0, a_tile, b_tile, acc, look_away);
   }
   const float size = x.scalars[0], keep = x.scalars[1], c = factor_of(s);
+  if (block == 0 && threadIdx.x == 0) *x.step = x.scalars[3];  // here: blocks of moments may read it after the limiter
   const std::uint32_t key = noise_key(x.seed, x.scalars[3]);
   const int t = threadIdx.x;
 #pragma unroll
@@ -183,6 +187,7 @@ __global__ void __launch_bounds__(mma::kThreads, 2) apply_mma(FiraGroup group, F
   mma::Accumulators acc;
   mma::multiply<true, false, Type>(a, b, m0, n0, 0, x.rank, buffers, acc);
   const float size = x.scalars[0], keep = x.scalars[1], c = factor_of(s);
+  if (block == 0 && threadIdx.x == 0) *x.step = x.scalars[3];  // here: blocks of moments may read it after the limiter
   const std::uint32_t key = noise_key(x.seed, x.scalars[3]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

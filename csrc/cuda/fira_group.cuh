@@ -34,6 +34,13 @@ FiraGroup make_group(const FiraMatrix* matrices, int count, Blocks blocks) {
   return group;
 }
 
+__device__ __forceinline__ unsigned* ticket_of(const FiraMatrix& x) { return reinterpret_cast<unsigned*>(x.scalars + 5); }
+
+// Of one matrix.
+__device__ __forceinline__ unsigned blocks_for(const FiraGroup& group, int i_matrix) {
+  return static_cast<unsigned>(group.first[i_matrix + 1] - group.first[i_matrix]);
+}
+
 inline unsigned grid(const FiraGroup& group) { return static_cast<unsigned>(group.first[group.count]); }
 
 __device__ __forceinline__ int matrix_of_block(const FiraGroup& group) {

@@ -111,11 +111,87 @@ __device__ __forceinline__ float correction_of_n(const FiraMatrix& x, const Fira
   return (s.flags & kPaper) != 0 ? static_cast<float>(correction_of(s, *x.step + 1.0f)) : 1.0f;
 }
 
+// --- limiter ---
+
+__device__ __forceinline__ double phi_of(double n2, double r2) { return sqrt(n2) / (sqrt(r2) + kFiraNormEps); }
+
+// f and the limiter's norm of one matrix, from stats and, in `exact`, from what `residual` put in their first row.
+// Loops are not unrolled: they are a small share of the work, and would take moments from 48 registers to 80.
+__device__ __forceinline__ void limit(const FiraMatrix& x, const FiraShared& s, double before, bool exact, double* shared) {
+  const std::int64_t vectors = vectors_of(x);
+  const float *x2 = x.stats, *r2 = x2 + vectors, *n2 = r2 + vectors, *g2 = n2 + vectors;
+  const bool per_matrix = (s.flags & kPerMatrix) != 0, collapse = (s.flags & kCollapse) != 0;
+  double one = 0;
+  if (per_matrix) {
+    double all_r = 0, all_n = 0;
+#pragma unroll 1
+    for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
+      all_r += r2[j];
+      all_n += n2[j];
+    }
+    all_r = block_sum<kFiraThreads>(all_r, shared);
+    all_n = block_sum<kFiraThreads>(all_n, shared);
+    one = phi_of(all_n, all_r);
+  }
+  const double c = factor_of(s), a_r = s.a_r;
+  double sum = 0, whole = 0;
+#pragma unroll 1
+  for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
+    const double phi = per_matrix ? one : phi_of(n2[j], r2[j]), square = c * c * x2[j];
+    double q = exact ? square : square - 2.0 * a_r * r2[j] + a_r * a_r * g2[j];
+    if (q < 0) q = 0;  // NaN is not below
+    sum += phi * phi * q;
+    whole += phi * phi * square;
+  }
+  sum = block_sum<kFiraThreads>(sum, shared);
+  whole = block_sum<kFiraThreads>(whole, shared);
+  const double norm = sqrt(sum);
+  const bool first = before != before || (!collapse && before == 0);
+  double lim = 1;
+  if (s.gamma > 0 && !first) {
+    const double growth = norm / (before + kFiraNormEps), gamma = static_cast<double>(s.gamma);
+    lim = (growth < gamma ? gamma : growth) / gamma;
+  }
+  if (threadIdx.x == 0) {
+    *x.limiter_norm = static_cast<float>(collapse || norm != 0 ? norm / lim : before);
+    const double most = x.gram != nullptr || s.dtype == Dtype::float32 ? kFiraKappa : kFiraKappaRounded;
+    if (!exact) x.scalars[2] = a_r != 0 && whole > most * sum ? 1.0f : 0.0f;
+  }
+  const double scale = s.a_s / lim;
+#pragma unroll 1
+  for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
+    x.f[j] = static_cast<float>(scale * (per_matrix ? one : phi_of(n2[j], r2[j])));
+  }
+}
+
+// The scalars of a matrix's step, and the limiter; by one block, when all of the matrix's sums are there.
+__device__ __forceinline__ void finish(const FiraMatrix& x, const FiraShared& s, double* shared) {
+  const float taken = *x.step + 1.0f, before = *x.limiter_norm;
+  __syncthreads();  // all have read before one thread writes
+  const double correction = correction_of(s, taken), rate = *s.lr;
+  if (threadIdx.x == 0) {
+    x.scalars[0] = static_cast<float>((s.flags & kPaper) != 0 ? rate : rate * correction);
+    x.scalars[1] = static_cast<float>(1.0 - rate * s.weight_decay);
+    x.scalars[2] = 0;
+    x.scalars[3] = taken;
+    x.scalars[4] = before;
+  }
+  if (s.a_s == 0) {
+#pragma unroll 1
+    for (std::int64_t j = threadIdx.x; j < vectors_of(x); j += kFiraThreads) x.f[j] = 0;
+    return;
+  }
+  limit(x, s, before, false, shared);
+}
+
+// --- moments, and the limiter after them ---
+
 // 32 vectors a block. On the right a warp takes four of them in turn, its lanes the coordinates; on the left the lanes are
 // the vectors, which lie beside each other, and the warps take every eighth coordinate.
 template <class M>
 __global__ void __launch_bounds__(kFiraThreads) moments(FiraGroup group, FiraShared s) {
   SHARED(float, sums, 3 * kWarps * kVectors);
+  SHARED(double, shared, kWarps);
   if (skipped(s)) return;
   const int i_matrix = matrix_of_block(group);
   const FiraMatrix& x = group.matrix[i_matrix];
@@ -140,6 +216,7 @@ __global__ void __launch_bounds__(kFiraThreads) moments(FiraGroup group, FiraSha
       store_right(x, vector, squares);
     }
   }
+  if (is_last_block(ticket_of(x), blocks_for(group, i_matrix))) finish(x, s, shared);
 }
 
 // The largest of a block of 128 coordinates: on the right over a warp, on the left over the warps.
@@ -207,89 +284,22 @@ __device__ __forceinline__ Squares update_codes(const FiraMatrix& x, const FiraS
 __global__ void __launch_bounds__(kFiraThreads) moments_8bit(FiraGroup group, FiraShared s) {
   SHARED(float, sums, 3 * kWarps * kVectors);
   SHARED(float, tops, kWarps * kVectors);
+  SHARED(double, shared, kWarps);
   if (skipped(s)) return;
   const int i_matrix = matrix_of_block(group);
   const FiraMatrix& x = group.matrix[i_matrix];
   const std::int64_t first = (blockIdx.x - group.first[i_matrix]) * kVectors;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float c = factor_of(s), correction = correction_of_n(x, s);
-  if (x.left) return store_left(x, first, update_codes<true>(x, s, first + lane, c, correction, tops), sums);
-  for (int q = 0; q < kVectors / kWarps; ++q) {
-    const std::int64_t vector = first + warp * (kVectors / kWarps) + q;
-    store_right(x, vector, update_codes<false>(x, s, vector, c, correction, tops));
-  }
-}
-
-// --- limiter ---
-
-__device__ __forceinline__ double phi_of(double n2, double r2) { return sqrt(n2) / (sqrt(r2) + kFiraNormEps); }
-
-// f and the limiter's norm of one matrix, from stats and, in `exact`, from what `residual` put in their first row.
-__device__ __forceinline__ void limit(const FiraMatrix& x, const FiraShared& s, double before, bool exact, double* shared) {
-  const std::int64_t vectors = vectors_of(x);
-  const float *x2 = x.stats, *r2 = x2 + vectors, *n2 = r2 + vectors, *g2 = n2 + vectors;
-  const bool per_matrix = (s.flags & kPerMatrix) != 0, collapse = (s.flags & kCollapse) != 0;
-  double one = 0;
-  if (per_matrix) {
-    double all_r = 0, all_n = 0;
-    for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
-      all_r += r2[j];
-      all_n += n2[j];
+  if (x.left) {
+    store_left(x, first, update_codes<true>(x, s, first + lane, c, correction, tops), sums);
+  } else {
+    for (int q = 0; q < kVectors / kWarps; ++q) {
+      const std::int64_t vector = first + warp * (kVectors / kWarps) + q;
+      store_right(x, vector, update_codes<false>(x, s, vector, c, correction, tops));
     }
-    all_r = block_sum<kFiraThreads>(all_r, shared);
-    all_n = block_sum<kFiraThreads>(all_n, shared);
-    one = phi_of(all_n, all_r);
   }
-  const double c = factor_of(s), a_r = s.a_r;
-  double sum = 0, whole = 0;
-  for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
-    const double phi = per_matrix ? one : phi_of(n2[j], r2[j]), square = c * c * x2[j];
-    double q = exact ? square : square - 2.0 * a_r * r2[j] + a_r * a_r * g2[j];
-    if (q < 0) q = 0;  // NaN is not below
-    sum += phi * phi * q;
-    whole += phi * phi * square;
-  }
-  sum = block_sum<kFiraThreads>(sum, shared);
-  whole = block_sum<kFiraThreads>(whole, shared);
-  const double norm = sqrt(sum);
-  const bool first = before != before || (!collapse && before == 0);
-  double lim = 1;
-  if (s.gamma > 0 && !first) {
-    const double growth = norm / (before + kFiraNormEps), gamma = static_cast<double>(s.gamma);
-    lim = (growth < gamma ? gamma : growth) / gamma;
-  }
-  if (threadIdx.x == 0) {
-    *x.limiter_norm = static_cast<float>(collapse || norm != 0 ? norm / lim : before);
-    const double most = x.gram != nullptr || s.dtype == Dtype::float32 ? kFiraKappa : kFiraKappaRounded;
-    if (!exact) x.scalars[2] = a_r != 0 && whole > most * sum ? 1.0f : 0.0f;
-  }
-  const double scale = s.a_s / lim;
-  for (std::int64_t j = threadIdx.x; j < vectors; j += kFiraThreads) {
-    x.f[j] = static_cast<float>(scale * (per_matrix ? one : phi_of(n2[j], r2[j])));
-  }
-}
-
-__global__ void __launch_bounds__(kFiraThreads) limiter(FiraGroup group, FiraShared s) {
-  SHARED(double, shared, kFiraThreads / 32);
-  const FiraMatrix& x = group.matrix[blockIdx.x];
-  const bool skip = skipped(s);
-  const float taken = *x.step + 1.0f, before = *x.limiter_norm;
-  __syncthreads();  // all have read both before one thread writes them
-  const double correction = correction_of(s, taken), rate = *s.lr;
-  if (threadIdx.x == 0) {
-    x.scalars[0] = static_cast<float>((s.flags & kPaper) != 0 ? rate : rate * correction);
-    x.scalars[1] = static_cast<float>(1.0 - rate * s.weight_decay);
-    x.scalars[2] = 0;
-    x.scalars[3] = taken;
-    x.scalars[4] = before;
-    if (!skip) *x.step = taken;
-  }
-  if (skip) return;
-  if (s.a_s == 0) {
-    for (std::int64_t j = threadIdx.x; j < vectors_of(x); j += kFiraThreads) x.f[j] = 0;
-    return;
-  }
-  limit(x, s, before, false, shared);
+  if (is_last_block(ticket_of(x), blocks_for(group, i_matrix))) finish(x, s, shared);
 }
 
 // --- the exact norm: where q cancelled too far, as the limiter found ---
@@ -298,12 +308,14 @@ __device__ __forceinline__ bool cancelled(const FiraMatrix& x, const FiraShared&
   return !skipped(s) && x.scalars[2] != 0;
 }
 
-// |x - a_r P r|^2 of 64 vectors over |x|^2. A block walks over all of d, so the sum has one order and needs no scratch, and
-// the grid is small where there is nothing to do. R is float32 and its rounding would be the residual: no matrix units.
+// |x - a_r P r|^2 of 64 vectors over |x|^2; then, by the last block of a matrix, the limiter from them. A block walks over
+// all of d, so the sum has one order and needs no scratch, and the grid is small where there is nothing to do. R is float32
+// and its rounding would be the residual: no matrix units.
 template <class T>
 __global__ void __launch_bounds__(kFiraThreads) residual(FiraGroup group, FiraShared s) {
   SHARED(float, a_tile, kDepth * kPitch);
   SHARED(float, b_tile, kDepth * kPitch);
+  SHARED(double, shared, kWarps);
   const int i_matrix = matrix_of_block(group);
   const FiraMatrix& x = group.matrix[i_matrix];
   if (!cancelled(x, s)) return;
@@ -333,12 +345,7 @@ __global__ void __launch_bounds__(kFiraThreads) residual(FiraGroup group, FiraSh
     const std::int64_t row = m0 + t / 16 * 4 + i;
     if (t % 16 == 0 && row < vectors) x.stats[row] = sums[i];
   }
-}
-
-__global__ void __launch_bounds__(kFiraThreads) limiter_exact(FiraGroup group, FiraShared s) {
-  SHARED(double, shared, kFiraThreads / 32);
-  const FiraMatrix& x = group.matrix[blockIdx.x];
-  if (cancelled(x, s)) limit(x, s, x.scalars[4], true, shared);
+  if (is_last_block(ticket_of(x), blocks_for(group, i_matrix))) limit(x, s, x.scalars[4], true, shared);
 }
 
 // --- coefficients ---
@@ -377,24 +384,12 @@ void fira_moments(const FiraMatrix* matrices, int count, const FiraShared& s, St
   }
 }
 
-void fira_limiter(const FiraMatrix* matrices, int count, const FiraShared& s, Stream stream) {
-  const FiraGroup group = make_group(matrices, count, [](const FiraMatrix&) { return std::int64_t{1}; });
-  if (grid(group) == 0) return;
-  LAUNCH((limiter), grid(group), kFiraThreads, 0, stream, group, s);
-}
-
 void fira_residual(const FiraMatrix* matrices, int count, const FiraShared& s, Stream stream) {
   const FiraGroup group = make_group(matrices, count, [](const FiraMatrix& x) { return ceil_div(vectors_of(x), kTile); });
   if (grid(group) == 0) return;
   visit_dtype(s.dtype, [&](auto t) {
     LAUNCH((residual<typename decltype(t)::type>), grid(group), kFiraThreads, 0, stream, group, s);
   });
-}
-
-void fira_limiter_exact(const FiraMatrix* matrices, int count, const FiraShared& s, Stream stream) {
-  const FiraGroup group = make_group(matrices, count, [](const FiraMatrix&) { return std::int64_t{1}; });
-  if (grid(group) == 0) return;
-  LAUNCH((limiter_exact), grid(group), kFiraThreads, 0, stream, group, s);
 }
 
 void fira_coefficients(const FiraMatrix* matrices, int count, const FiraShared& s, Stream stream) {

@@ -92,6 +92,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   pyelastic::emulator::warp_exchange(mask, 0, "__syncwarp", line);
 }
+inline void __threadfence() { pyelastic::emulator::thread_fence(); }
 
 namespace pyelastic {
 namespace emulator {
@@ -166,6 +167,9 @@ T atomic(T* at, F change) {
 template <class T>
 T atomicAdd(T* at, std::common_type_t<T> value) {
   return pyelastic::emulator::atomic(at, [&](T before) { return before + value; });
+}
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  return pyelastic::emulator::atomic(at, [&](unsigned before) { return before >= last ? 0u : before + 1; });
 }
 template <class T>
 T atomicMax(T* at, std::common_type_t<T> value) {

@@ -3,7 +3,10 @@
 //
 // Two accesses to a byte conflict if one writes, not both are atomic, they come from different threads, and no
 // barrier lies between: __syncthreads orders threads of a block, a warp collective those lanes that took
-// part, nothing orders blocks. Per byte the last write and a summary of the reads since are kept: which lanes of which
+// part, and of blocks only a fence on either side of atomics on one address: what a thread's block wrote before a
+// barrier before its __threadfence is then seen by a thread that changes the address later and has a __threadfence after
+// it, and by its block after the next barrier (the last block to come sums what all have written). Chains over several
+// addresses are not followed: they raise an alarm. Per byte the last write and a summary of the reads since are kept: which lanes of which
 // warp of which block, or that more than one warp or block has read, when every write without a barrier conflicts.
 #include "state.h"
 
@@ -15,12 +18,15 @@ namespace emulator {
 void begin_race_check() {}
 void forget(const void*, std::size_t) {}
 void check_access(const void*, std::size_t, bool, bool) {}
+void note_atomic(const void*) {}
+void thread_fence() {}
 
 }  // namespace emulator
 }  // namespace pyelastic
 
 #else
 
+#include <algorithm>
 #include <array>
 #include <unordered_map>
 
@@ -33,6 +39,25 @@ struct Access {
   std::uint32_t block_clock = 0, warp_clock = 0;
   bool there = false, atomic = false;
 };
+
+// Writes that fences have ordered. By address of an atomic: of each block, the clock before which its writes are released.
+// Of the running block: what it has acquired of each other, by which thread and when.
+using Clocks = std::unordered_map<std::uint32_t, std::uint64_t>;
+std::unordered_map<const void*, Clocks> released;
+struct Acquired {
+  std::uint64_t before;  // of the other block's clock
+  std::uint32_t thread;
+  std::uint64_t at;
+};
+std::unordered_map<std::uint32_t, Acquired> acquired;
+std::uint64_t acquirer = 0;  // the block that did
+
+bool fenced(const Access& before) {
+  if (acquirer != launch_now->block) return false;
+  const auto found = acquired.find(before.block);
+  if (found == acquired.end() || before.block_clock >= found->second.before) return false;
+  return found->second.thread == thread_now->id || found->second.at < launch_now->block_clock;
+}
 
 constexpr std::uint32_t kSeveral = ~std::uint32_t{0};
 
@@ -66,7 +91,7 @@ Cell& cell(std::uintptr_t address) {
 
 bool ordered(const Access& before, const Access& now) {
   if (!before.there) return true;
-  if (before.block != now.block) return false;
+  if (before.block != now.block) return fenced(before);
   if (before.thread == now.thread || before.block_clock < now.block_clock) return true;
   return before.thread / 32 == now.thread / 32 && thread_now->synced[before.thread % 32] > before.warp_clock;
 }
@@ -140,6 +165,30 @@ void check_bounds(std::uintptr_t address, std::size_t size) {
 void begin_race_check() {
   pages.clear();
   last_number = ~std::uintptr_t{0};
+  released.clear();
+  acquired.clear();
+}
+
+void note_atomic(const void* at) {
+  if (thread_now->fence > 0) {
+    std::uint64_t& clock = released[at][static_cast<std::uint32_t>(launch_now->block)];
+    clock = std::max(clock, thread_now->fence);
+  }
+  thread_now->atomic = at;
+}
+
+void thread_fence() {
+  if (acquirer != launch_now->block) {
+    acquirer = launch_now->block;
+    acquired.clear();
+  }
+  if (thread_now->atomic != nullptr) {
+    for (const auto& [block, clock] : released[thread_now->atomic]) {
+      Acquired& mine = acquired[block];  // by the latest thread alone: another needs a barrier of its own
+      if (mine.before <= clock) mine = {clock, thread_now->id, launch_now->block_clock};
+    }
+  }
+  thread_now->fence = launch_now->block_clock;
 }
 
 void forget(const void* data, std::size_t bytes) {

@@ -131,6 +131,8 @@ void run_block(const Index3& grid) {
     t.copies.clear();
     t.group = t.deposits = 0;
     std::memset(t.synced, 0, sizeof(t.synced));
+    t.fence = 0;
+    t.atomic = nullptr;
     t.fiber.prepare(entry);
   }
   if (launch_now->dynamic_bytes > 0) allocate(launch_now, launch_now->dynamic_bytes);
@@ -282,7 +284,10 @@ std::uint64_t atomic_begin(const void* at, std::size_t size) {
   return bits;
 }
 
-void atomic_end(void* at, std::uint64_t bits, std::size_t size) { std::memcpy(at, &bits, size); }
+void atomic_end(void* at, std::uint64_t bits, std::size_t size) {
+  std::memcpy(at, &bits, size);
+  note_atomic(at);
+}
 
 void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {

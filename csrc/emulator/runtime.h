@@ -59,6 +59,7 @@ void copy_async_commit();
 void copy_async_wait(int newest_left);
 
 // --- race detection (race.cpp; does nothing unless the kernel was compiled for it) ---
+void thread_fence();
 void check_access(const void* address, std::size_t size, bool is_write, bool is_atomic);
 
 }  // namespace emulator

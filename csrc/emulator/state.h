@@ -43,8 +43,11 @@ struct Thread {
   // Asynchronous copies under way.
   std::vector<AsyncCopy> copies;
   int group;
-  // Race detection: the warp's clock when this thread last synchronised with each lane.
+  // Race detection: the warp's clock when this thread last synchronised with each lane; barriers passed at its last
+  // __threadfence (0: none that orders anything), and the address of its last atomic.
   std::uint64_t synced[32];
+  std::uint64_t fence;
+  const void* atomic;
 };
 
 struct Warp {
@@ -71,6 +74,8 @@ constexpr std::size_t kGuard = 64;  // bytes watched on either side of shared me
 // Race detector: forget everything (a launch begins); drop what lies in freed shared memory.
 void begin_race_check();
 void forget(const void* data, std::size_t bytes);
+// After an atomic of this thread.
+void note_atomic(const void* at);
 // Lets another thread run; for preemption.
 void yield_to_others();
 bool chance(double probability);

@@ -1,4 +1,4 @@
-"""Launcher of fira's CUDA kernels: scratch on the current stream, and five launches for each group of matrices (seven
+"""Launcher of fira's CUDA kernels: scratch on the current stream, and four launches for each group of matrices (five
 where the limiter's norm may have to be formed directly).
 
 Matrices go to the matrix units where all their sizes, strides and addresses allow 16-byte copies; the others, and
@@ -20,8 +20,7 @@ from pyelastic.ops._binding import pointer
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 GROUP = 16  # kFiraGroup
-KERNELS = ("project", "moments", "limiter", "residual", "limiter_exact", "coefficients", "apply")
-EXACT = ("residual", "limiter_exact")
+KERNELS = ("project", "moments", "residual", "coefficients", "apply")
 
 
 def may_cancel(a_r: float, a_s: float, grams: Sequence[Tensor]) -> bool:
@@ -61,7 +60,7 @@ def step_(
     module, emulated = _extension.load_cuda()
     device = params[0].device
     stream = 0 if emulated else torch.cuda.current_stream(device).cuda_stream
-    kernels = [name for name in KERNELS if name not in EXACT or may_cancel(a_r, a_s, grams)]
+    kernels = [name for name in KERNELS if name != "residual" or may_cancel(a_r, a_s, grams)]
     with nullcontext() if emulated else torch.cuda.device(device):
         numbers = [None if x is None else x.to(torch.float32) for x in (grad_factor, found_inf)]
         scalars = [beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s]
@@ -115,7 +114,7 @@ class _Matrix:
         empty: Any = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=w.device)  # noqa: E731
         self.r = empty(*m.shape)
         self.c = empty(*m.shape, dtype=w.dtype) if self.mma else self.r
-        self.stats, self.f, self.scalars = empty(4, vectors), empty(vectors), empty(5)
+        self.stats, self.f, self.scalars = empty(4, vectors), empty(vectors), empty(6)
 
     def descriptor(self) -> tuple[list[int], list[int], int, bool]:
         w, m, v, *rest = self.work

@@ -1,8 +1,9 @@
 """Launcher of fira's Triton kernels (triton_kernels/fira.py): groups of matrices, their tables, scratch and grids.
 
 Matrices of one side and one alignment are stepped together, up to GROUP in four launches, or six where the limiter's
-norm may have to be formed directly. Nothing here synchronises: a group's table goes to the device by one asynchronous
-copy from pinned memory.
+norm may have to be formed directly. Nothing here synchronises, and a group whose addresses, sizes and seeds have been
+seen before finds its table on the device (_device_tables.py): it copies nothing and can be captured in a CUDA graph.
+What changes from step to step is in device tensors (lr, step, factor) and arguments (betas, alpha, the scratch).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyelastic.eager.fira import Flags
+from pyelastic.ops import _device_tables
 from pyelastic.ops._fira_cuda import may_cancel
 
 NEVER = 1 << 62  # the first program of a matrix that is not there
@@ -56,8 +58,9 @@ def step_(
             steps[i].add_(1 if found_inf is None else (found_inf.view(()) <= 0).to(steps[i].dtype))
             continue
         gram = grams[i] if grams and grams[i].numel() and a_r != 0 else None
+        seed = seeds[i] if flags & Flags.STOCHASTIC else 0
         state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
-        matrix = _Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seeds[i])
+        matrix = _Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seed)
         groups.setdefault((matrix.left, matrix.aligned, gram is not None), []).append(matrix)
     if not groups:
         return
@@ -111,11 +114,11 @@ class _Matrix:
     def tensors(self) -> list[Tensor]:
         return [*self.work, self.g, self.p, self.norm, self.step, *([] if self.gram is None else [self.gram])]
 
-    def row(self, scratch: int, eight: bool) -> list[int]:
-        """The matrix in its group's table; ``scratch``: an address."""
-        at = [scratch]
+    def row(self, first: int, eight: bool) -> list[int]:
+        """The matrix in its group's table; ``first``: where in the group's scratch its own begins."""
+        at = [first]
         for n in self.scratch():
-            at.append(at[-1] + 4 * n)
+            at.append(at[-1] + n)
         w, m, v, *rest = (x.data_ptr() for x in self.work)
         m_scale, v_scale = (rest.pop(0), rest.pop(0)) if eight else (0, 0)
         return [
@@ -132,17 +135,15 @@ class _Matrix:
 
 
 def _table(part: list[_Matrix], eight: bool, grids: list[list[int]], group: int) -> tuple[list[Tensor], list[int]]:
-    """The group's rows, and for each kernel the first program of each matrix; and each kernel's number of programs.
+    """The group's rows, for each kernel the first program of each matrix, and the scratch; each kernel's programs.
 
     ``grids``: for each kernel the programs of each matrix.
     """
     device = part[0].g.device
-    sizes = [sum(x.scratch()) for x in part]
-    scratch = torch.empty(sum(sizes), device=device)
-    numbers, at = [], scratch.data_ptr()
-    for x, size in zip(part, sizes, strict=True):
-        numbers += x.row(at, eight)
-        at += 4 * size
+    numbers, size = [], 0
+    for x in part:
+        numbers += x.row(size, eight)
+        size += sum(x.scratch())
     rows, totals = len(numbers), []
     for programs in grids:
         total = 0
@@ -151,10 +152,10 @@ def _table(part: list[_Matrix], eight: bool, grids: list[list[int]], group: int)
             total += count
         numbers += [NEVER] * (group - len(programs))
         totals.append(total)
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    views = [table[:rows], *table[rows:].split(group)]
-    # Held until the launches are queued; and the checked interpreter (tests/interpreted.py) lets kernels touch no more.
-    views[0].points_to = [scratch, *(y for x in part for y in x.tensors())]
+    table = _device_tables.get(numbers, device, "fira", "triton")
+    views = [table[:rows], *table[rows:].split(group), torch.empty(size, device=device)]
+    # For the checked interpreter (tests/interpreted.py): kernels may touch these and no more. The view is this call's.
+    views[0].points_to = [y for x in part for y in x.tensors()]
     return views, totals
 
 
@@ -179,7 +180,7 @@ def _launch(
         [cdiv(x.vectors, narrow[0]) for x in part],
         [cdiv(x.vectors, tile[0]) * cdiv(x.dim, tile[1]) for x in part],
     ]
-    (table, *first), programs = _table(part, eight, grids, kernels.GROUP)
+    (table, *first, scratch), programs = _table(part, eight, grids, kernels.GROUP)
     p_factor, p_inf, lr = shared
     none = not flags & Flags.CORRECT_BIAS  # then both powers are 0 and the correction 1
     logs = [-math.inf if none or beta == 0 else math.log(beta) for beta in (beta1, beta2)]
@@ -199,14 +200,14 @@ def _launch(
 
     limits = (gamma, a_r, a_s, kernels.KAPPA[not gram and half] if a_r != 0 else math.inf)
     one = {"blocks": [kernels.LIMITER_BLOCK], "num_warps": kernels.LIMITER_WARPS}
-    launch(kernels.project, programs[0], table, first[0], blocks=tile[:3], **warps(tile))
-    launch(kernels.moments, programs[1], table, first[1], p_factor, p_inf, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps,
-           *logs, blocks=moment[:3], num_warps=moment[3])  # fmt: skip
-    launch(kernels.limiter, len(part), table, p_factor, p_inf, lr, *logs, weight_decay, *limits, **one)
+    launch(kernels.project, programs[0], table, first[0], scratch, blocks=tile[:3], **warps(tile))
+    launch(kernels.moments, programs[1], table, first[1], scratch, p_factor, p_inf, beta1, 1.0 - beta1, beta2,
+           1.0 - beta2, eps, *logs, blocks=moment[:3], num_warps=moment[3])  # fmt: skip
+    launch(kernels.limiter, len(part), table, scratch, p_factor, p_inf, lr, *logs, weight_decay, *limits, **one)
     if exact:
-        launch(kernels.residual, programs[2], table, first[2], a_r, blocks=narrow[:3], **warps(narrow))
-        launch(kernels.limiter_exact, len(part), table, p_factor, *limits, **one)
+        launch(kernels.residual, programs[2], table, first[2], scratch, a_r, blocks=narrow[:3], **warps(narrow))
+        launch(kernels.limiter_exact, len(part), table, scratch, p_factor, *limits, **one)
     how = warps(tile)
     if options["STOCHASTIC"] or (eight and half):
         how["num_warps"] = kernels.WIDE_WARPS
-    launch(kernels.apply, programs[3], table, first[3], p_factor, p_inf, eps, a_n, a_r, blocks=tile[:3], **how)
+    launch(kernels.apply, programs[3], table, first[3], scratch, p_factor, p_inf, eps, a_n, a_r, blocks=tile[:3], **how)

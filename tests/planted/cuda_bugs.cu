@@ -27,6 +27,9 @@ enum Bug : int {
   kMisalignedVector,      // 13: a float4 at an address that is no multiple of 16
   kMissingWait,           // 14: cp.async without the wait before the data is used
   kWriteAfterManyReads,   // 15: the write is ordered after the reads of its own warp, not after those of others
+  kNoFenceBefore,         // 16: the last block to come reads what others wrote without a fence before their atomics
+  kNoFenceAfter,          // 17: nor one after its own
+  kNoBarrierBefore,       // 18: the fence is not after a barrier, so only of one thread's writes
 };
 
 constexpr int kThreads = 128;
@@ -103,6 +106,30 @@ __global__ void first_four(const float* x /* [4] */, float* out /* [1] */) {
   cp_async_wait<0>();
 }
 
+// out[0] = sum of x, by the last block to come: a row a block, the ticket is 0 before and after.
+template <int kBug>
+__global__ void last_block_sum(const float* x /* [rows, columns] */, int columns, float* sums /* [rows, kThreads] */,
+                               unsigned* ticket, float* out /* [1] */) {
+  SHARED(float, partial, kThreads / 32);
+  SHARED(int, last, 1);
+  const int t = threadIdx.x;
+  float sum = 0;
+  for (int j = t; j < columns; j += kThreads) sum += x[blockIdx.x * columns + j];
+  sums[blockIdx.x * kThreads + t] = sum;
+  if (kBug != kNoBarrierBefore) __syncthreads();
+  if (t == 0) {
+    if (kBug != kNoFenceBefore) __threadfence();
+    *last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    if (kBug != kNoFenceAfter) __threadfence();
+  }
+  __syncthreads();
+  if (!*last) return;
+  sum = 0;
+  for (unsigned row = 0; row < gridDim.x; ++row) sum += sums[row * kThreads + t];
+  sum = block_sum<kThreads>(sum, partial);
+  if (t == 0) out[0] = sum;
+}
+
 template <int kBug>
 bool run(int bug, const float* x, int rows, int columns, float* out, void* stream) {
   if (bug != kBug) return false;
@@ -118,6 +145,18 @@ template <int... kBugs>
 void run_any(int bug, const float* x, int rows, int columns, float* out, void* stream,
              std::integer_sequence<int, kBugs...>) {
   (run<kBugs>(bug, x, rows, columns, out, stream) || ...);
+}
+
+// By number, as below: a bug of last_block_sum, or none.
+void last_block_sum_with(int bug, const float* x, int rows, int columns, float* sums, unsigned* ticket, float* out,
+                         void* stream) {
+  const auto launch = [&](auto kernel) {
+    LAUNCH((kernel), static_cast<unsigned>(rows), kThreads, 0, stream, x, columns, sums, ticket, out);
+  };
+  if (bug == kNoFenceBefore) return launch(last_block_sum<kNoFenceBefore>);
+  if (bug == kNoFenceAfter) return launch(last_block_sum<kNoFenceAfter>);
+  if (bug == kNoBarrierBefore) return launch(last_block_sum<kNoBarrierBefore>);
+  launch(last_block_sum<kClean>);
 }
 
 void row_sum_with(int bug, const float* x, int rows, int columns, float* out, void* stream) {

@@ -13,6 +13,8 @@
 namespace pyelastic {
 namespace planted {
 void row_sum_with(int bug, const float* x, int rows, int columns, float* out, void* stream);
+void last_block_sum_with(int bug, const float* x, int rows, int columns, float* sums, unsigned* ticket, float* out,
+                         void* stream);
 void first_four_clean(const float* x, float* out, void* stream);
 void multiply_fragments(bool bfloat16, const std::uint16_t* a, const std::uint16_t* b, float* out, void* stream);
 void count_threads(int* counts, int blocks, void* stream);
@@ -37,6 +39,11 @@ PYBIND11_MODULE(PLANTED_NAME, m) {
   m.def("row_sum", [](int bug, Pointer x, int rows, int columns, Pointer out, Pointer stream) {
     const py::gil_scoped_release nogil;  // as pyelastic's own bindings do
     planted::row_sum_with(bug, as<const float>(x), rows, columns, as<float>(out), as<void>(stream));
+  });
+  m.def("last_block_sum", [](int bug, Pointer x, int rows, int columns, Pointer sums, Pointer ticket, Pointer out,
+                             Pointer stream) {
+    planted::last_block_sum_with(bug, as<const float>(x), rows, columns, as<float>(sums), as<unsigned>(ticket),
+                                 as<float>(out), as<void>(stream));
   });
   m.def("first_four", [](Pointer x, Pointer out, Pointer stream) {
     planted::first_four_clean(as<const float>(x), as<float>(out), as<void>(stream));
