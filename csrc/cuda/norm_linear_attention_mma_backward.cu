@@ -161,8 +161,9 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   const int span = static_cast<int>(met.end - met.first);
   const bool rope = x.sin != nullptr;
   const auto meet = [&](auto what) {  // begins with a barrier, if there is any
+    // One loop, and kAlone wherever it decides: narrow heads have no register left.
 #pragma unroll 1
-    for (int head = kv * group, after = 0; head < kv * group + group && (kAlone || after < span);) {  // or it spills
+    for (int head = kv * group, after = 0; head < kv * group + group && (kAlone || after < span);) {
       __syncthreads();
       what(head, (kAlone ? met.first : first) + after, kAlone && !x.causal ? -kMmaTile : -after);
       __syncthreads();
