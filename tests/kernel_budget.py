@@ -1,6 +1,6 @@
 """What each kernel uses of each architecture, measured by compiling; the budget is data/kernel_budget.json.
 
-``python tests/kernel_budget.py`` compiles everything and prints the table of docs/kernels.md; --write renews both.
+``python tests/kernel_budget.py`` compiles everything and prints the table of docs/kernel_figures.md; --write renews both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import norm_linear_attention_budget
 import projection_budget
 
 BUDGET = Path(__file__).parent / "data" / "kernel_budget.json"
-PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[1] / "docs" / "kernel_figures.md"
 HEADING = "| kernel | registers | spills | shared bytes | matrix instructions |"
 MODULE = "pyelastic.triton_kernels.margin_softmax"
 FLOATS = ("w", "inv", "threshold", "map", "cos_target", "out", "lse", "factor", "sum", "unit", "along", "back", "scale")
