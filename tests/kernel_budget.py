@@ -1,6 +1,6 @@
 """What each kernel uses of each architecture, measured by compiling; the budget is data/kernel_budget.json.
 
-``python tests/kernel_budget.py`` compiles everything and prints the table of docs/kernel_figures.md; --write renews both.
+``python tests/kernel_budget.py`` compiles all and prints the table of docs/kernel_figures.md; --write renews both.
 """
 
 from __future__ import annotations

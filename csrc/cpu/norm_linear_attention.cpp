@@ -18,6 +18,7 @@ void states(const NormLinearAttention<T>& x, const NlaParts& parts, T* s, T* z, 
     Room room(Tile<T>::bytes(x.dim) + Room::bytes<T>(kNlaTile * vp) + Room::bytes<T>(rows * vp) +
               Room::bytes<T>(Tile<T>::row(x.dim)));
     Tile<T> tile(room, x.dim, x.sin != nullptr);
+    tile.keep = false;
     T* const v = room.template take<T>(kNlaTile * vp);
     T* const sum = room.template take<T>(rows * vp);
     T* const z_sum = room.template take<T>(tile.ld);
@@ -84,6 +85,7 @@ void forward_full(const NormLinearAttention<T>& x, const T* s, const T* z, int t
   parallel_for(x.sequences * x.q_heads * tiles, 4, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(forward_bytes(x));
     Tile<T> tile(room, x.dim, x.sin != nullptr);
+    tile.keep = false;
     T* const state = room.template take<T>(rows * vp);
     T* const sums = room.template take<T>(tile.ld);
     T* const out = room.template take<T>(kNlaTile * vp);
@@ -129,6 +131,7 @@ void forward_causal(const NormLinearAttention<T>& x, const NlaParts& parts, cons
   parallel_for(parts.first_k[x.sequences] * x.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(forward_bytes(x));
     Tile<T> query(room, x.dim, x.sin != nullptr), key(room, x.dim, x.sin != nullptr);
+    query.keep = key.keep = false;
     T* const state = room.template take<T>(rows * vp);
     T* const sums = room.template take<T>(key.ld);
     T* const running = room.template take<T>(key.ld);

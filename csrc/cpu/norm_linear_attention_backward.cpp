@@ -125,7 +125,7 @@ void queries(const NormLinearAttention<T>& x, const NlaParts& parts, const T* s,
             if (gated) gate_gradient(x, span, at + t, head, gate + t * vp, d[t], o + t * vp, line);
             add_scaled(dz_sum, plain + t * ld, dd, ld);
             unrotate(x, query, sequence, at + t, df + t * ld, z_rows + t * z_ld, dd);
-            query_gradient(h, query.x + t * query.dp, query.w + t * query.dp, query.l + t * query.dp, df + t * ld, line,
+            query_gradient(h, query.e[t], query.x + t * query.dp, query.w + t * query.dp, query.l + t * query.dp, df + t * ld, line,
                            own + member * width);
             write_row(line, x.dim, x.dq.data, x.dtype, row_of(x.dq, span, at + t, head));
           }

@@ -107,16 +107,25 @@ inline void cos_sin(const Vec<T>& x, Vec<T>& c, Vec<T>& s) {
   s = s * y * x + x;
 }
 
-// sqrt(|x|^2 + eps^2), 1 if that is 0.
 template <class T>
-inline T norm_of(const T* x, std::int64_t dim, T eps) {
+inline T square_of(const T* x, std::int64_t dim) {
   Vec<T> sum{};
   for (std::int64_t c = 0; c < dim; c += kLanes<T>) {
     const Vec<T> v = load_vec(x + c);
     sum += v * v;
   }
-  const T square = total<T>(sum) + eps * eps;
+  return total<T>(sum);
+}
+
+// sqrt(square + eps^2), 1 if that is 0.
+template <class T>
+inline T norm_of(T square, T eps) {
+  square += eps * eps;
   return square == T(0) ? T(1) : static_cast<T>(__builtin_sqrt(static_cast<double>(square)));
+}
+template <class T>
+inline T norm_of(const T* x, std::int64_t dim, T eps) {
+  return norm_of(square_of(x, dim), eps);
 }
 
 // What a head's features depend on. power: pola, [dim] and then ones.
@@ -134,12 +143,15 @@ struct Exponent {
   T r, t, slope, p;
 };
 
+// Those of n queries, from their squared norms; both arrays have room up to a whole number of vectors.
 template <class T>
-inline Exponent<T> exponent(const Head<T>& h, const T* q) {
-  const T r = norm_of(q, h.dim, h.eps);
-  Vec<T> slope;
-  const Vec<T> t = tanh_of<T>(spread<T>(h.beta * r), slope);
-  return {r, t[0], slope[0], h.lam * (h.tau + t[0])};
+inline void exponents(const Head<T>& h, const T* squares, std::int64_t n, Exponent<T>* to) {
+  for (std::int64_t i = 0; i < n; i += kLanes<T>) {
+    Vec<T> r, slope;
+    for (std::int64_t l = 0; l < kLanes<T>; ++l) r[l] = i + l < n ? norm_of(squares[i + l], h.eps) : T(1);
+    const Vec<T> t = tanh_of<T>(r * h.beta, slope), p = (t + h.tau) * h.lam;
+    for (std::int64_t l = 0; l < kLanes<T>; ++l) to[i + l] = {r[l], t[l], slope[l], p[l]};
+  }
 }
 
 // [w where x > 0; w where x < 0], a NaN in both; opposite: the halves swapped. The first half's last vector may reach into
@@ -178,15 +190,10 @@ inline void elu_row(std::int64_t dim, const T* x, T* slope, T* f) {
 
 // phi_q of a row; w, l [dim]: magnitudes and their base's log2, kept for the gradient.
 template <class T>
-inline void query_row(const Head<T>& h, const T* q, T* w, T* l, T* f) {
+inline void query_row(const Head<T>& h, const Exponent<T>& e, const T* q, T* w, T* l, T* f) {
   if (h.map == FeatureMap::mala) return elu_row(h.dim, q, w, f);
-  T inverse = 1;
-  Vec<T> p{};
-  if (h.power == nullptr) {
-    const Exponent<T> e = exponent(h, q);
-    inverse = T(1) / e.r;
-    p = spread<T>(e.p);
-  }
+  const T inverse = h.power == nullptr ? T(1) / e.r : T(1);
+  Vec<T> p = spread<T>(e.p);
   for (std::int64_t c = 0; c < h.dim; c += kLanes<T>) {
     if (h.power != nullptr) p = load_vec(h.power + c);
     const Vec<T> a = absolute<T>(load_vec(q + c) * inverse), log = log2_or_0<T>(a);
@@ -219,6 +226,62 @@ inline void key_row(const Head<T>& h, const T* k, T* w, T* f) {
   }
 }
 
+// Pairs of channels turned by a vector of angles s, c: two vectors, in place.
+template <class T>
+inline void turn_pairs(Vec<T>& a, Vec<T>& b, const Vec<T>& s, const Vec<T>& c) {
+  using I = typename VecOf<T>::I;
+  constexpr int lanes = VecOf<T>::lanes;
+  I low, high, other;
+  Vec<T> sign;
+  for (int l = 0; l < lanes; ++l) {
+    low[l] = l / 2;
+    high[l] = lanes / 2 + l / 2;
+    other[l] = l ^ 1;
+    sign[l] = l % 2 == 0 ? T(-1) : T(1);
+  }
+  a = a * __builtin_shuffle(c, low) + __builtin_shuffle(a, other) * (__builtin_shuffle(s, low) * sign);
+  b = b * __builtin_shuffle(c, high) + __builtin_shuffle(b, other) * (__builtin_shuffle(s, high) * sign);
+}
+
+// The split map and its rotation in one go, for rows of whole pairs of vectors: f as query_row and key_row make it, and g, f
+// turned by the angles sin, cos [dim / 2] (null: not). w and l may be null.
+template <bool kQuery, class T>
+inline void split_and_turn(const Head<T>& h, const Exponent<T>& e, const T* x, const T* sin, const T* cos, T* w, T* l, T* f,
+                           T* g) {
+  constexpr std::int64_t lanes = kLanes<T>;
+  const T inverse = kQuery ? T(1) / e.r : T(1);
+  const Vec<T> p = spread<T>(kQuery ? e.p : h.key_power);
+  const bool cube = !kQuery && h.key_power == T(3);
+  for (std::int64_t c = 0; c < h.dim; c += 2 * lanes) {
+    Vec<T> upper[2], lower[2];
+    for (std::int64_t i = 0; i < 2; ++i) {
+      const std::int64_t at = c + i * lanes;
+      const Vec<T> v = load_vec(x + at), a = absolute<T>(v * inverse);
+      Vec<T> m;
+      if (cube) {
+        m = a * a * a;
+      } else {
+        const Vec<T> log = log2_or_0<T>(a);
+        m = a == T(0) ? Vec<T>{} : exp2_any<T>(p * log);
+        if (l != nullptr) store_vec(l + at, log);
+      }
+      if (w != nullptr) store_vec(w + at, m);
+      upper[i] = v <= T(0) ? Vec<T>{} : m;
+      lower[i] = v >= T(0) ? Vec<T>{} : m;
+      store_vec(f + at, upper[i]);
+      store_vec(f + h.dim + at, lower[i]);
+    }
+    if (sin == nullptr) continue;
+    const Vec<T> s = load_vec(sin + c / 2), co = load_vec(cos + c / 2);
+    turn_pairs<T>(upper[0], upper[1], s, co);
+    turn_pairs<T>(lower[0], lower[1], s, co);
+    for (std::int64_t i = 0; i < 2; ++i) {
+      store_vec(g + c + i * lanes, upper[i]);
+      store_vec(g + h.dim + c + i * lanes, lower[i]);
+    }
+  }
+}
+
 // What reaches a channel's magnitude, from the gradient of its two features.
 template <class T>
 inline Vec<T> by_sign(const Vec<T>& x, const Vec<T>& upper, const Vec<T>& lower) {
@@ -237,7 +300,7 @@ inline void elu_gradient(std::int64_t dim, const T* slope, const T* df, T* dx) {
 
 // dq [dim and padding] from df [2 dim]; adds the gradients of lam, tau, beta (pola: of each power) to `sums`.
 template <class T>
-inline void query_gradient(const Head<T>& h, const T* q, const T* w, const T* l, const T* df, T* dq, double* sums) {
+inline void query_gradient(const Head<T>& h, const Exponent<T>& e, const T* q, const T* w, const T* l, const T* df, T* dq, double* sums) {
   if (h.map == FeatureMap::mala) return elu_gradient(h.dim, w, df, dq);
   const T *upper = df, *lower = df + h.dim;
   if (h.map == FeatureMap::pola_opposite) {
@@ -253,7 +316,6 @@ inline void query_gradient(const Head<T>& h, const T* q, const T* w, const T* l,
     }
     return;
   }
-  const Exponent<T> e = exponent(h, q);
   const T inverse = T(1) / e.r;
   const bool cosine = h.map == FeatureMap::cosine;
   Vec<T> sum_p{}, sum_t{}, sum_n{};

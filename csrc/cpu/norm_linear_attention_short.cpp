@@ -151,7 +151,7 @@ void backward(const NormLinearAttention<T>& x, double* dparams, double* dpowers,
           add_scaled(running, s.plain(s.query, t), dd, ld);
           if (x.causal) add_scaled(dz + t * ld, running, T(1), ld);
           unrotate(x, s.query, s.sequence, t, df + t * ld, s.z + t * s.z_ld(), dd);
-          query_gradient(h, s.query.x + t * s.query.dp, s.query.w + t * s.query.dp, s.query.l + t * s.query.dp, df + t * ld,
+          query_gradient(h, s.query.e[t], s.query.x + t * s.query.dp, s.query.w + t * s.query.dp, s.query.l + t * s.query.dp, df + t * ld,
                          line, own);
           write_row(line, x.dim, x.dq.data, x.dtype, row_of(x.dq, s.span, t, head));
         }

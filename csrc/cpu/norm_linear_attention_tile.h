@@ -165,24 +165,6 @@ inline Head<T> head_of(const NormLinearAttention<T>& x, std::int64_t head, bool 
   return h;
 }
 
-// Pairs of channels turned by a vector of angles: two vectors of `from` to two of `to`, which may be the same.
-template <class T>
-inline void turn_pairs(const T* from, T* to, const Vec<T>& s, const Vec<T>& c) {
-  using I = typename VecOf<T>::I;
-  constexpr int lanes = VecOf<T>::lanes;
-  I low, high, other;
-  for (int l = 0; l < lanes; ++l) {
-    low[l] = l / 2;
-    high[l] = lanes / 2 + l / 2;
-    other[l] = l ^ 1;
-  }
-  Vec<T> sign;
-  for (int l = 0; l < lanes; ++l) sign[l] = l % 2 == 0 ? T(-1) : T(1);
-  const Vec<T> a = load_vec(from), b = load_vec(from + lanes);
-  store_vec(to, a * __builtin_shuffle(c, low) + __builtin_shuffle(a, other) * (__builtin_shuffle(s, low) * sign));
-  store_vec(to + lanes, b * __builtin_shuffle(c, high) + __builtin_shuffle(b, other) * (__builtin_shuffle(s, high) * sign));
-}
-
 // Without the calls that memcpy of a length not known here would be.
 template <class T>
 inline void copy_row(const T* from, std::int64_t width, T* to) {
@@ -191,17 +173,30 @@ inline void copy_row(const T* from, std::int64_t width, T* to) {
   for (; c < width; ++c) to[c] = from[c];
 }
 
+// Rows of a view's head as T in [n][padded width]; the padding is the caller's zeros.
+template <class T>
+inline void load_rows(const HeadsView& view, Dtype dtype, const Span& span, std::int64_t first, std::int64_t n,
+                      std::int64_t head, std::int64_t width, T* to, std::int64_t ld) {
+  const std::int64_t at = row_of(view, span, first, head);
+  for (std::int64_t t = 0; t < n; ++t) {
+    const T* from = read_row(view.data, dtype, at + t * view.token, width, to + t * ld);
+    if (from != to + t * ld) copy_row(from, width, to + t * ld);
+  }
+}
+
 // A tile of up to kNlaTile rows of queries or keys: x, magnitudes w, logarithms l, features f, rotated ones g (f itself
-// where there is no RoPE).
+// where there is no RoPE), and the queries' exponents e. keep: w and l are wanted.
 template <class T>
 struct Tile {
   std::int64_t dim, dp, ld;
   T *x, *w, *l, *f, *g, *power;
+  Exponent<T>* e;
+  bool keep = true;
 
   static std::int64_t row(std::int64_t dim) { return padded<T>(dim + padded<T>(dim)); }
   static std::int64_t bytes(std::int64_t dim) {
     return 3 * Room::bytes<T>(kNlaTile * padded<T>(dim)) + 2 * Room::bytes<T>(kNlaTile * row(dim)) +
-           Room::bytes<T>(padded<T>(dim));
+           Room::bytes<T>(padded<T>(dim)) + Room::bytes<Exponent<T>>(kNlaTile);
   }
   Tile(Room& room, std::int64_t dim_, bool rope) : dim(dim_), dp(padded<T>(dim_)), ld(row(dim_)) {
     x = room.take<T>(kNlaTile * dp);
@@ -210,6 +205,7 @@ struct Tile {
     f = room.take<T>(kNlaTile * ld);
     g = room.take<T>(kNlaTile * ld);
     power = room.take<T>(dp);
+    e = room.take<Exponent<T>>(kNlaTile);
     std::memset(x, 0, sizeof(T) * kNlaTile * dp);
     std::memset(f, 0, sizeof(T) * kNlaTile * ld);
     if (!rope) g = f;
@@ -222,13 +218,30 @@ struct Tile {
   void make(const NormLinearAttention<T>& p, const HeadsView& view, const Span& span, std::int64_t sequence, std::int64_t first,
             std::int64_t n, std::int64_t head, bool query) {
     const Head<T> h = head_of(p, head, query, power);
-    const std::int64_t at = row_of(view, span, first, head);
+    load_rows(view, p.dtype, span, first, n, head, dim, x, dp);
+    if (query && h.power == nullptr && h.map != FeatureMap::mala) {
+      T squares[kNlaTile];
+      for (std::int64_t t = 0; t < n; ++t) squares[t] = square_of(x + t * dp, dim);
+      exponents(h, squares, n, e);
+    }
+    if (h.map == FeatureMap::split && dim % (2 * kLanes<T>) == 0) {
+      const std::int64_t start = (first + (p.start == nullptr ? 0 : p.start[sequence])) * (dim / 2);
+      for (std::int64_t t = 0; t < n; ++t) {
+        const T* const sin = g == f ? nullptr : p.sin + start + t * (dim / 2);
+        const T* const cos = g == f ? nullptr : p.cos + start + t * (dim / 2);
+        T *const magnitudes = keep ? w + t * dp : nullptr, *const logs = keep ? l + t * dp : nullptr;
+        if (query) {
+          split_and_turn<true>(h, e[t], x + t * dp, sin, cos, magnitudes, logs, f + t * ld, g + t * ld);
+        } else {
+          split_and_turn<false>(h, e[t], x + t * dp, sin, cos, magnitudes, static_cast<T*>(nullptr), f + t * ld, g + t * ld);
+        }
+      }
+      return;
+    }
     for (std::int64_t t = 0; t < n; ++t) {
       T* const to = x + t * dp;
-      const T* from = read_row(view.data, p.dtype, at + t * view.token, dim, to);
-      if (from != to) copy_row(from, dim, to);
       if (query) {
-        query_row(h, to, w + t * dp, l + t * dp, f + t * ld);
+        query_row(h, e[t], to, w + t * dp, l + t * dp, f + t * ld);
       } else {
         key_row(h, to, w + t * dp, f + t * ld);
       }
@@ -252,7 +265,11 @@ struct Tile {
     for (; j + kLanes<T> <= half; j += kLanes<T>) {
       const Vec<T> s = load_vec(sin + j) * direction, c = load_vec(cos + j);
       for (int side = 0; side < sides; ++side) {
-        turn_pairs<T>(from + side * dim + 2 * j, to + side * dim + 2 * j, s, c);
+        const std::int64_t at = side * dim + 2 * j;
+        Vec<T> a = load_vec(from + at), b = load_vec(from + at + kLanes<T>);
+        turn_pairs<T>(a, b, s, c);
+        store_vec(to + at, a);
+        store_vec(to + at + kLanes<T>, b);
       }
     }
     for (; j < half; ++j) {
@@ -269,17 +286,6 @@ struct Tile {
     if (mala) to[dim] = last;
   }
 };
-
-// Rows of a view's head as T in [n][padded width]; the padding is the caller's zeros.
-template <class T>
-inline void load_rows(const HeadsView& view, Dtype dtype, const Span& span, std::int64_t first, std::int64_t n,
-                      std::int64_t head, std::int64_t width, T* to, std::int64_t ld) {
-  const std::int64_t at = row_of(view, span, first, head);
-  for (std::int64_t t = 0; t < n; ++t) {
-    const T* from = read_row(view.data, dtype, at + t * view.token, width, to + t * ld);
-    if (from != to + t * ld) copy_row(from, width, to + t * ld);
-  }
-}
 
 // A state between its padded rows here and its contiguous ones outside.
 template <class T>

@@ -93,18 +93,16 @@ class Inputs(NamedTuple):
 
     def detached(self) -> Inputs:
         """The same without gradients."""
-        plain: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in self]
+        plain: list[Any] = [t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in self]
         return Inputs(*plain)
 
     def readable(self) -> Inputs:
         """The same with the last dimension of each tensor contiguous and small tensors contiguous: kernels' terms."""
-        names = ("params", "sin", "cos", "start", "cu_seqlens", "s0", "z0", "count0")
-        small = {name: getattr(self, name) for name in names}
-        changed: dict[str, Any] = {name: t.contiguous() for name, t in small.items() if t is not None}
-        changed |= {name: last_contiguous(getattr(self, name)) for name in ("q", "k", "v")}
-        if self.gate is not None:
-            changed["gate"] = last_contiguous(self.gate)
-        return self._replace(**changed)
+        rows = (None if t is None else last_contiguous(t) for t in (self.q, self.k, self.v))
+        small: list[Any] = [None if t is None else t.contiguous() for t in (self.params, *self[5:12])]
+        gate = None if self.gate is None else last_contiguous(self.gate)
+        plain: list[Any] = [*rows, small[0], gate, *small[1:], *self[12:]]
+        return Inputs(*plain)
 
     def problem(self, o: Tensor | None = None, gradients: Sequence[Tensor | None] = (None,) * 4) -> tuple[Any, ...]:
         """What every binding takes first (csrc/bindings_norm_linear_attention.h), of ``readable`` inputs.

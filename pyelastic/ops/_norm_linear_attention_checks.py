@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,19 @@ def check_numbers(**numbers: float) -> None:
             raise ValueError(f"{OP}: {name} is {number}; expected a finite number {lowest}")
 
 
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], heads: int, dtype: torch.dtype) -> Tensor:
+    """[values, heads] on the CPU. Nobody writes it, and autograd may save it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype)[:, None].expand(-1, heads).contiguous()
+
+
 def head_parameters(q: Tensor, **values: float | Tensor) -> Tensor:
     """[3, Hq] of numbers or tensors [] or [Hq]."""
     heads, rows = q.shape[2], []
+    plain = not any(isinstance(value, Tensor) for value in values.values())
+    if plain and type(q) is Tensor and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _constants(tuple(map(float, values.values())), heads, statistics_dtype(q))
     for name, value in values.items():
         if not isinstance(value, Tensor):
             rows.append(q.new_full((heads,), float(value), dtype=statistics_dtype(q)))
@@ -108,8 +120,10 @@ def make_rope(
             raise ValueError(
                 f"{OP}: rope_tables' {name} is {list(table.shape)}; expected [at least {tokens}, {dim // 2} or {dim}]"
             )
-    sin, cos = (t.detach()[:, :: t.shape[1] * 2 // dim].to(statistics_dtype(q)) for t in tables)
-    return sin, cos
+    sin, cos = (t.detach() if t.requires_grad else t for t in tables)
+    if sin.shape[1] == dim:
+        sin, cos = sin[:, ::2], cos[:, ::2]
+    return sin.to(statistics_dtype(q)), cos.to(statistics_dtype(q))
 
 
 def with_state(inputs: Inputs, state: LinearAttentionState | None, position: int | Tensor | None) -> Inputs:

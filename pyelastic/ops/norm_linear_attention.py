@@ -253,7 +253,7 @@ OPS = {name: _define(name, launcher) for name, launcher in LAUNCHERS.items()}
 
 
 class _Backward(torch.autograd.Function):
-    """The backward as a node of its own, so that differentiating it fails loudly instead of giving zeros."""
+    """The backward as a node of its own, with create_graph: differentiating it fails loudly instead of giving zeros."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -281,7 +281,8 @@ class _Attention(torch.autograd.Function):
         if grad is None:
             grad = inputs.q.new_zeros(inputs.output_shape())
         needs = [ctx.needs_input_grad[1 + i] for i in DIFFERENTIABLE]
-        made = _Backward.apply(ctx.backend, *inputs, s, z, grad, grad_s, grad_z, needs)
+        run = partial(_Backward.apply, ctx.backend) if torch.is_grad_enabled() else OPS[ctx.backend][1]
+        made = run(*inputs, s, z, grad, grad_s, grad_z, needs)
         found: list[Tensor | None] = [None] * len(inputs)
         for place, gradient, need in zip(DIFFERENTIABLE, made, needs, strict=True):
             found[place] = gradient if need else None
