@@ -16,13 +16,19 @@ import pyelastic
 from pyelastic.ops import _norm_linear_attention_cpu as launcher
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    """Sequences of more than ``part`` tokens have several parts, causal ones too."""
+    monkeypatch.setattr(launcher, "PART", part)
+    monkeypatch.setattr(launcher, "SERIAL_TOKENS", part)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("heads", (1, 16))
 @pytest.mark.parametrize("n", (63, 64, 65, 128, 129, 200))
 def test_parts_and_tiles(causal: bool, heads: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts of two tiles, whose last one is short; 16 heads: one walk over the sequence."""
     backends.require("cpu")
-    monkeypatch.setattr(launcher, "PART", 128 if n > 65 else 64)
+    cut(monkeypatch, 128 if n > 65 else 64)
     case = make(1, n, heads=heads, d=4, dv=3, causal=causal, state=True, learned=True, rope="num", gate=n == 200)
     compare("cpu", case, states=True)
 
@@ -30,7 +36,7 @@ def test_parts_and_tiles(causal: bool, heads: int, n: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("rope", (None, "num", "both"))
 def test_parts_of_packed_sequences(rope: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     backends.require("cpu")
-    monkeypatch.setattr(launcher, "PART", 64)
+    cut(monkeypatch, 64)
     for causal in (False, True):
         case = make(lengths=(130, 0, 64, 65, 1), heads=2, kv_heads=1, causal=causal, rope=rope, state=True)
         compare("cpu", case, states=True)
@@ -41,7 +47,7 @@ def test_ways_of_the_causal_form_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.require("cpu")
     case = make(1, 300, d=8, causal=True, dtype=torch.float64)
     serial, _ = call("cpu", case, need=())
-    monkeypatch.setattr(launcher, "PART", 64)
+    cut(monkeypatch, 64)
     parts, _ = call("cpu", case, need=())
     for name, value in serial.items():
         torch.testing.assert_close(value, parts[name], rtol=1e-12, atol=1e-12)
