@@ -125,9 +125,10 @@ class Inputs(NamedTuple):
 def empty_like(x: Tensor, width: int) -> Tensor:
     """Room for [B, N, H, width], dense and in x's order of tokens and heads: a caller's layout needs no copy."""
     batch, tokens, heads, _ = x.shape
+    row = tokens * heads * width
     if x.stride(2) > x.stride(1) and readable_as_it_is(x):
-        return x.new_empty((batch, heads, tokens, width)).transpose(1, 2)
-    return x.new_empty((batch, tokens, heads, width))
+        return x.new_empty_strided((batch, tokens, heads, width), (row, width, tokens * width, 1))
+    return x.new_empty_strided((batch, tokens, heads, width), (row, heads * width, width, 1))
 
 
 def readable_as_it_is(x: Tensor) -> bool:
