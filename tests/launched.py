@@ -24,7 +24,7 @@ TIMEOUT = 120  # seconds that a collective waits for the other ranks; 30 were to
 
 def launch(worker: str, world: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository on ``world`` processes of this machine; the caller looks at the return code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONFAULTHANDLER": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     with LOCK.open("w") as lock:
