@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,8 +37,11 @@ def launch(worker: str, world: int, *arguments: str, timeout: float = 300) -> su
 
 
 def passes(worker: str, world: int, *arguments: str) -> str:
-    """Standard output of a launch in which no rank failed."""
+    """Standard output of a launch in which no rank failed; after an abort once more, with a warning: CONTRIBUTING.md."""
     done = launch(f"tests/distributed/{worker}", world, *arguments)
+    if "Signal 6 (SIGABRT)" in done.stderr:
+        warnings.warn(f"{worker} on {world} ranks aborted; launched once more:\n{done.stderr[:8000]}", stacklevel=2)
+        done = launch(f"tests/distributed/{worker}", world, *arguments)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:8000]}\n...\n{done.stderr[-4000:]}"
     assert done.stdout.count("rank is done") == world, done.stdout[-4000:]
     return done.stdout
