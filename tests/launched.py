@@ -37,7 +37,7 @@ def launch(worker: str, world: int, *arguments: str, timeout: float = 300) -> su
 
 
 def passes(worker: str, world: int, *arguments: str) -> str:
-    """Standard output of a launch in which no rank failed; after an abort once more, with a warning: CONTRIBUTING.md."""
+    """Standard output of a launch in which no rank failed; after an abort once more, with a warning (CONTRIBUTING)."""
     done = launch(f"tests/distributed/{worker}", world, *arguments)
     if "Signal 6 (SIGABRT)" in done.stderr:
         warnings.warn(f"{worker} on {world} ranks aborted; launched once more:\n{done.stderr[:8000]}", stacklevel=2)
