@@ -192,8 +192,12 @@ inline void elu_row(std::int64_t dim, const T* x, T* slope, T* f) {
 template <class T>
 inline void query_row(const Head<T>& h, const Exponent<T>& e, const T* q, T* w, T* l, T* f) {
   if (h.map == FeatureMap::mala) return elu_row(h.dim, q, w, f);
-  const T inverse = h.power == nullptr ? T(1) / e.r : T(1);
-  Vec<T> p = spread<T>(e.p);
+  T inverse = 1;
+  Vec<T> p{};
+  if (h.power == nullptr) {
+    inverse = T(1) / e.r;
+    p = spread<T>(e.p);
+  }
   for (std::int64_t c = 0; c < h.dim; c += kLanes<T>) {
     if (h.power != nullptr) p = load_vec(h.power + c);
     const Vec<T> a = absolute<T>(load_vec(q + c) * inverse), log = log2_or_0<T>(a);
