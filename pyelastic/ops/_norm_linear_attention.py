@@ -98,7 +98,7 @@ class Inputs(NamedTuple):
 
     def readable(self) -> Inputs:
         """The same with the last dimension of each tensor contiguous and small tensors contiguous: kernels' terms."""
-        rows = (None if t is None else last_contiguous(t) for t in (self.q, self.k, self.v))
+        rows = map(last_contiguous, (self.q, self.k, self.v))
         small: list[Any] = [None if t is None else t.contiguous() for t in (self.params, *self[5:12])]
         gate = None if self.gate is None else last_contiguous(self.gate)
         plain: list[Any] = [*rows, small[0], gate, *small[1:], *self[12:]]

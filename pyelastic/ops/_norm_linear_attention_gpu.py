@@ -65,7 +65,7 @@ class GpuProblem:
         self.device = x.q.device
         self.batch, self.n, self.heads, self.d = x.q.shape
         self.m, self.kv_heads, self.dv = x.k.shape[1], x.k.shape[2], x.v.shape[3]
-        self.part = CHUNK
+        self.part, self.alone = CHUNK, quadratic(x)
         if not x.causal:  # few parts, but several where a sequence is long
             longest = max(self.n, self.m, 1)
             self.part = max(self.part, 1 << (-(-longest // SPLITS) - 1).bit_length())
@@ -141,6 +141,8 @@ class GpuProblem:
 
     def narrowed(self, state: Pair) -> Pair:
         """The reverse."""
+        if self.x.map != MALA:
+            return state
         rows, features = self.x.rows, self.x.features
         return state[0][:, :, :rows].contiguous(), state[1][:, :, :features].contiguous()
 
@@ -154,13 +156,12 @@ class GpuProblem:
         return (parts if self.x.causal else whole), whole
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        alone = quadratic(self.x)
         read: Read
-        read, whole = ((None, None), (self.empty(0), self.empty(0))) if alone else self.states()
+        read, whole = ((None, None), (self.empty(0), self.empty(0))) if self.alone else self.states()
         o = self.empty(*self.x.output_shape(), dtype=self.x.q.dtype)
         if o.numel():
             self.run_forward(self.pieces(self.n, self.tile), read, o)
-        return o, *(whole if alone else self.narrowed(whole))
+        return o, *self.narrowed(whole)
 
     def grad_states(self, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, given: Read) -> tuple[Pair, Pair]:
         """((of the states after each part, or for the bidirectional form of the whole), of the initial state)."""
@@ -178,9 +179,8 @@ class GpuProblem:
         self, s: Tensor, z: Tensor, grad: Tensor, grad_s: Tensor | None, grad_z: Tensor | None
     ) -> list[Tensor]:
         x = self.x
-        alone = quadratic(x)
         read: Read = (None, None)
-        if not alone:
+        if not self.alone:
             read = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
         dtype = x.q.dtype
         grad = grad.contiguous()
@@ -195,7 +195,7 @@ class GpuProblem:
         if dq.numel():
             self.run_queries(tiles, read, grad, dq, dgate if x.gate is not None else None, d, dd, dparams)
         after: Read = (None, None)
-        if alone:
+        if self.alone:
             whole = self.empty(0), self.empty(0)
         else:
             after, whole = self.grad_states(grad, d, dd, dparams, (grad_s, grad_z))
@@ -204,7 +204,7 @@ class GpuProblem:
         if dk.numel():
             self.run_keys(tiles, grad, d, dd, *after, dk, dv, dpowers)
         total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
-        return [dq, dk, dv, total, dgate, *(whole if alone else self.narrowed(whole))]
+        return [dq, dk, dv, total, dgate, *self.narrowed(whole)]
 
 
 def forward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ class _Forward(gpu.GpuProblem):
         }  # fmt: skip
         self.cube = {"CUBE": x.key_power == 3.0}
         self.gated = {"HAS_GATE": x.gate is not None}
-        self.meet = {"CAUSAL": x.causal, "ALONE": gpu.quadratic(x)}
+        self.meet = {"CAUSAL": x.causal, "ALONE": self.alone}
         self.flags = {"HAS_COUNT": x.count0 is not None, "MEAN": x.mean} | self.meet
         self.columns = triton.cdiv(self.dv, self.common["BV"])
 
