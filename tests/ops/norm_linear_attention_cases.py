@@ -175,6 +175,19 @@ def call(
     return {"o": o, "s": after.s, "z": after.z}, leaves
 
 
+def calls_of(problem: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that a launcher's problems call from now on."""
+    called: list[str] = []
+    original = problem.call
+
+    def spy(self: Any, name: str, *arguments: Any) -> None:
+        called.append(name)
+        original(self, name, *arguments)
+
+    monkeypatch.setattr(problem, "call", spy)
+    return called
+
+
 def stored(backend: str, case: Case) -> bool:
     """Whether kernels multiply features rounded to bfloat16: on tensor cores (docs/ops)."""
     if case.q.dtype != torch.bfloat16:

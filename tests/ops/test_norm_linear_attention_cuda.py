@@ -8,8 +8,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import OP, Case, _compare, call, compare, make, upstream_of
-from norm_linear_attention_reference import reference
+from norm_linear_attention_cases import OP, Case, call, calls_of, compare, make, upstream_of
 
 import pyelastic
 from pyelastic import _extension
@@ -117,21 +116,12 @@ def test_tensor_cores_polaformer(d: int, causal: bool) -> None:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Calls that ask for no state go in quadratic order whatever it costs; the names of the kernels they run."""
-    called: list[str] = []
-    original = launcher._Problem.call
-
-    def spy(self: launcher._Problem, name: str, *arguments: Any) -> None:
-        called.append(name)
-        original(self, name, *arguments)
-
-    monkeypatch.setattr(launcher._Problem, "call", spy)
     monkeypatch.setattr(gpu, "quadratic", lambda x: not x.final_state)
-    return called
+    return calls_of(launcher._Problem, monkeypatch)
 
 
 def compare_alone(case: Case, called: list[str]) -> None:
-    upstream = upstream_of(case)
-    _compare("cuda", case, reference(case, upstream), upstream, False)
+    compare("cuda", case, final=False)
     assert called == ["forward", "queries", "keys"]
 
 
