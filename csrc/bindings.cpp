@@ -340,50 +340,28 @@ const pyelastic::NlaShort<T>& nla_short() {
   }
 }
 
-// (part, first_q, first_k)
-using Parts = std::tuple<Int, Pointer, Pointer>;
-pyelastic::NlaParts parts_of(const Parts& parts) {
-  const auto& [part, first_q, first_k] = parts;
-  return {part, as<const Int>(first_q), as<const Int>(first_k)};
+template <class T>
+pyelastic::NlaPasses<T> nla_passes() {
+  return {nla<T>(), nla_backward<T>(), nla_short<T>()};
 }
 
 template <class T>
 void bind_norm_linear_attention(py::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string("norm_linear_attention_") + stem + suffix; };
   const py::call_guard<py::gil_scoped_release> nogil;
-  using Arguments = pyelastic::NlaArguments;
-  m.def(name("states").c_str(), [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, int threads) {
-    nla<T>().states(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<T>(s), as<T>(z), threads);
-  }, nogil);
-  m.def(name("scan").c_str(),
-        [](Pointer first, Int sequences, Int heads, Int width, Pointer initial, bool exclusive, bool reverse, Pointer parts,
-           Pointer total, int threads) {
-          nla<T>().scan(as<const Int>(first), sequences, heads, width, as<const T>(initial), exclusive, reverse,
-                        as<T>(parts), as<T>(total), threads);
-        }, nogil);
+  using pyelastic::NlaArguments, pyelastic::NlaPartsArguments, pyelastic::NlaRoomArguments;
   m.def(name("forward").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer s_end, Pointer z_end, int threads) {
-          nla<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
-                           as<const T>(z), as<T>(s_end), as<T>(z_end), threads);
+        [](const NlaArguments& x, const NlaPartsArguments& parts, const NlaRoomArguments& room, Pointer s, Pointer z,
+           int threads) {
+          nla_passes<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), pyelastic::nla_parts(parts),
+                                  pyelastic::nla_room(room), as<T>(s), as<T>(z), threads);
         }, nogil);
-  m.def(name("queries").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer s, Pointer z, Pointer d, Pointer dd, Pointer ds, Pointer dz,
-           Pointer dparams, int threads) {
-          nla_backward<T>().queries(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(s),
-                                    as<const T>(z), as<T>(d), as<T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
-        }, nogil);
-  m.def(name("keys").c_str(),
-        [](const Arguments& x, const Parts& parts, Pointer d, Pointer dd, Pointer ds, Pointer dz, Pointer dparams, int threads) {
-          nla_backward<T>().keys(pyelastic::norm_linear_attention_problem<T>(x), parts_of(parts), as<const T>(d),
-                                 as<const T>(dd), as<T>(ds), as<T>(dz), as<double>(dparams), threads);
-        }, nogil);
-  m.def(name("short_forward").c_str(), [](const Arguments& x, int threads) {
-    nla_short<T>().forward(pyelastic::norm_linear_attention_problem<T>(x), threads);
-  }, nogil);
-  m.def(name("short_backward").c_str(),
-        [](const Arguments& x, Pointer dparams, Pointer dpowers, int threads) {
-          nla_short<T>().backward(pyelastic::norm_linear_attention_problem<T>(x), as<double>(dparams), as<double>(dpowers),
-                                  threads);
+  m.def(name("backward").c_str(),
+        [](const NlaArguments& x, const NlaPartsArguments& parts, const NlaRoomArguments& room, Pointer s, Pointer z,
+           Pointer s_grad, Pointer z_grad, Pointer dparams, Pointer ds, Pointer dz, int threads) {
+          nla_passes<T>().backward(pyelastic::norm_linear_attention_problem<T>(x), pyelastic::nla_parts(parts),
+                                   pyelastic::nla_room(room), as<const T>(s), as<const T>(z), as<const T>(s_grad),
+                                   as<const T>(z_grad), as<T>(dparams), as<T>(ds), as<T>(dz), threads);
         }, nogil);
 }
 

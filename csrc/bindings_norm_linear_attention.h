@@ -19,6 +19,17 @@ using NlaArguments =
                std::tuple<NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer, NlaPointer>,
                std::tuple<int, bool, bool, bool>, std::tuple<double, double, double, double>>;
 
+using NlaPartsArguments = std::tuple<NlaInt, bool, NlaPointer, NlaPointer>;  // (part, walk, first_q, first_k)
+using NlaRoomArguments = std::tuple<NlaPointer, NlaInt>;                     // (address, bytes)
+
+inline NlaParts nla_parts(const NlaPartsArguments& arguments) {
+  const auto& [part, walk, first_q, first_k] = arguments;
+  return {part, walk, reinterpret_cast<const NlaInt*>(first_q), reinterpret_cast<const NlaInt*>(first_k)};
+}
+inline NlaRoom nla_room(const NlaRoomArguments& arguments) {
+  return {reinterpret_cast<void*>(std::get<0>(arguments)), std::get<1>(arguments)};
+}
+
 inline HeadsView heads_view(const NlaView& view) {
   const auto& [data, batch, token, head] = view;
   return {reinterpret_cast<void*>(data), batch, token, head};

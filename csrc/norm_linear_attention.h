@@ -59,6 +59,7 @@ constexpr std::int64_t kNlaTile = 64;
 // CPU. Arrays per slot are [slots, kv_heads, ..] in the compute type.
 struct NlaParts {
   std::int64_t part;
+  bool walk;  // causal, one part a sequence: the state is carried
   const std::int64_t *first_q, *first_k;  // [sequences + 1], of queries and of keys
 };
 
@@ -109,6 +110,27 @@ PYELASTIC_DECLARE(baseline)
 PYELASTIC_DECLARE(avx2)
 PYELASTIC_DECLARE(avx512)
 #undef PYELASTIC_DECLARE
+
+// Whole passes: the kernels above in their order, so that a short sequence pays for one call. Not compiled per instruction set.
+// What a pass keeps between its kernels lies in `room`; too little of it is a std::length_error.
+struct NlaRoom {
+  void* data;  // aligned to 64 bytes
+  std::int64_t bytes;
+};
+
+template <class T>
+struct NlaPasses {
+  const NlaKernels<T>& forward_kernels;
+  const NlaBackward<T>& backward_kernels;
+  const NlaShort<T>& quadratic;
+
+  // o, and the state after all tokens, s and z, which may be x.s0 and x.z0. Null s: quadratic order.
+  void forward(const NormLinearAttention<T>& x, const NlaParts& parts, NlaRoom room, T* s, T* z, int threads) const;
+  // dq, dk, dv, dgate; dparams, shaped as params; ds and dz, of s0 and z0. s, z: what forward left, read in the bidirectional
+  // form; s_grad, z_grad: their gradients or null. Null ds: quadratic order.
+  void backward(const NormLinearAttention<T>& x, const NlaParts& parts, NlaRoom room, const T* s, const T* z, const T* s_grad,
+                const T* z_grad, T* dparams, T* ds, T* dz, int threads) const;
+};
 
 // CUDA: sums in float32, widths up to kNlaWidest. Tensor cores multiply where nla_mma_fits (cuda/norm_linear_attention_mma.h),
 // which rounds features, weights and states to bfloat16; all else is float32 throughout. All pointers are the device's; asynchronous on `stream`.

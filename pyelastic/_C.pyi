@@ -256,49 +256,23 @@ _Nla = tuple[
     int, tuple[int, int, int, int, int, int, int], _NlaViews, _NlaPointers,
     tuple[int, bool, bool, bool], tuple[float, float, float, float],
 ]
-_NlaParts = tuple[int, int, int]  # (part, first_q, first_k)
+_NlaParts = tuple[int, bool, int, int]  # (part, walk, first_q, first_k)
+_NlaRoom = tuple[int, int]  # (address, bytes)
 _NlaSlots = tuple[int, int, int, int]  # (count, each, sequence, place)
 
-def norm_linear_attention_states_f32(
-    x: _Nla, parts: _NlaParts, s: int, z: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_scan_f32(
-    first: int, sequences: int, heads: int, width: int, initial: int, exclusive: bool, reverse: bool, parts: int,
-    total: int, threads: int, /,
-) -> None: ...
 def norm_linear_attention_forward_f32(
-    x: _Nla, parts: _NlaParts, s: int, z: int, s_end: int, z_end: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, room: _NlaRoom, s: int, z: int, threads: int, /,
 ) -> None: ...
-def norm_linear_attention_queries_f32(
-    x: _Nla, parts: _NlaParts, s: int, z: int, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_keys_f32(
-    x: _Nla, parts: _NlaParts, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_short_forward_f32(x: _Nla, threads: int, /) -> None: ...
-def norm_linear_attention_short_backward_f32(
-    x: _Nla, dparams: int, dpowers: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_states_f64(
-    x: _Nla, parts: _NlaParts, s: int, z: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_scan_f64(
-    first: int, sequences: int, heads: int, width: int, initial: int, exclusive: bool, reverse: bool, parts: int,
-    total: int, threads: int, /,
+def norm_linear_attention_backward_f32(
+    x: _Nla, parts: _NlaParts, room: _NlaRoom, s: int, z: int, s_grad: int, z_grad: int, dparams: int, ds: int,
+    dz: int, threads: int, /,
 ) -> None: ...
 def norm_linear_attention_forward_f64(
-    x: _Nla, parts: _NlaParts, s: int, z: int, s_end: int, z_end: int, threads: int, /,
+    x: _Nla, parts: _NlaParts, room: _NlaRoom, s: int, z: int, threads: int, /,
 ) -> None: ...
-def norm_linear_attention_queries_f64(
-    x: _Nla, parts: _NlaParts, s: int, z: int, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
-) -> None: ...
-def norm_linear_attention_keys_f64(
-    x: _Nla, parts: _NlaParts, d: int, dd: int, ds: int, dz: int, dparams: int, threads: int, /,
-) -> None: ...
-
-def norm_linear_attention_short_forward_f64(x: _Nla, threads: int, /) -> None: ...
-def norm_linear_attention_short_backward_f64(
-    x: _Nla, dparams: int, dpowers: int, threads: int, /,
+def norm_linear_attention_backward_f64(
+    x: _Nla, parts: _NlaParts, room: _NlaRoom, s: int, z: int, s_grad: int, z_grad: int, dparams: int, ds: int,
+    dz: int, threads: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_tile(x: _Nla, /) -> int: ...
 def cuda_norm_linear_attention_state(
