@@ -25,17 +25,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const sum = v + kTile * kColumns;  // [2 d][kColumns]
   float* const z_sum = sum + rows * kColumns;
   const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
-  const Place at = locate(x, parts, x.keys);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.keys, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
   for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
   for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
   const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + head * x.v.head;
-  Place inside = at;
-  inside.length = end;
-  for (std::int64_t token = first; token < end; token += kTile) {
-    make_tile<T>(x, x.k, inside, token, head, false, tile);
-    load_columns(values, x.v.token, inside, token, column, x.v_dim, v);
+  for (std::int64_t token = first; token < at.length; token += kTile) {
+    make_tile<T>(x, x.k, at, token, head, false, tile);
+    load_columns(values, x.v.token, at, token, column, x.v_dim, v);
     __syncthreads();
     product(tile.g, 1, tile.ldf, v, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
     const float* const plain = x.rope_both ? tile.g : tile.f;

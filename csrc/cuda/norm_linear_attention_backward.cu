@@ -261,18 +261,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const d = z_sum + rows;
   float* const dd = d + kTile;
   const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
-  const Place at = locate(x, parts, x.queries);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.queries, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
   for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
   for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
-  Place inside = at;
-  inside.length = end;
-  for (std::int64_t token = first; token < end; token += kTile) {
-    make_tile<T>(x, x.q, inside, token, head, true, query);
+  for (std::int64_t token = first; token < at.length; token += kTile) {
+    make_tile<T>(x, x.q, at, token, head, true, query);
     if (threadIdx.x < kTile) {
       const std::int64_t row = (at.batch * x.queries + at.begin + token + threadIdx.x) * x.q_heads + head;
-      const bool there = token + threadIdx.x < end;
+      const bool there = token + threadIdx.x < at.length;
       d[threadIdx.x] = there ? d_in[row] : 1.0f;
       dd[threadIdx.x] = there ? dd_in[row] : 0.0f;
       // y is to be the gradient times c, of which the sum of the values takes `last`.
@@ -281,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     __syncthreads();
-    load_gradient(x, grad, inside, token, head, column, d, y);
+    load_gradient(x, grad, at, token, head, column, d, y);
     __syncthreads();
     product(query.g, 1, query.ldf, y, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
     const float* const plain = x.rope_both ? query.g : query.f;

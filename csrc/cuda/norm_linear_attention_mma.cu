@@ -24,16 +24,14 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   Bits* const values = keys + kMmaTile * width.ldf;  // [64][kStateLd]
   const std::int64_t head = blockIdx.y;
   const int column = static_cast<int>(blockIdx.z) * kStateColumns;
-  const Place at = locate(x, parts, x.keys);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.keys, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
-  Place inside = at;
-  inside.length = end;
   StateSums<kWide> sums(shared);
-  for (std::int64_t token = first; token < end; token += kMmaTile) {
+  for (std::int64_t token = first; token < at.length; token += kMmaTile) {
     __syncthreads();
-    make_features<false>(x, x.k, inside, token, head, x.sin != nullptr, width, keys, SumInto{sums.z});
-    load_values(x.v, inside, token, head, column, kStateColumns, width.v_dim, values, kStateLd);
+    make_features<false>(x, x.k, at, token, head, x.sin != nullptr, width, keys, SumInto{sums.z});
+    load_values(x.v, at, token, head, column, kStateColumns, width.v_dim, values, kStateLd);
     __syncthreads();
     sums.add(width, f, keys, values);
   }

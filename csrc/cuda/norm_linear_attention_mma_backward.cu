@@ -115,25 +115,23 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   Bits* const y = queries + kMmaTile * width.ldf;                        // [64][kStateLd]
   const std::int64_t head = blockIdx.y;
   const int column = static_cast<int>(blockIdx.z) * kStateColumns;
-  const Place at = locate(x, parts, x.queries);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.queries, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
-  Place inside = at;
-  inside.length = end;
   StateSums<kWide> sums(shared);
-  for (std::int64_t token = first; token < end; token += kMmaTile) {
+  for (std::int64_t token = first; token < at.length; token += kMmaTile) {
     __syncthreads();
     const float* const dd = dd_in + query_row(x, at, token, head);
-    make_features<true>(x, x.q, inside, token, head, x.sin != nullptr, width, queries,
+    make_features<true>(x, x.q, at, token, head, x.sin != nullptr, width, queries,
                         [&](int row, int, const float(&upper)[8], const float(&lower)[8]) {
-                          const float scale = token + row < end ? dd[row * x.q_heads] : 0.0f;
+                          const float scale = token + row < at.length ? dd[row * x.q_heads] : 0.0f;
 #pragma unroll
                           for (int i = 0; i < 8; ++i) {
                             SumInto{shared}.at(i) += scale * upper[i];
                             SumInto{shared}.at(8 + i) += scale * lower[i];
                           }
                         });
-    make_gradient(x, grad, inside, token, head, column, kStateColumns, width.v_dim, y, kStateLd,
+    make_gradient(x, grad, at, token, head, column, kStateColumns, width.v_dim, y, kStateLd,
                   [&](int, std::int64_t row) { return d_in[row]; });
     __syncthreads();
     sums.add(width, f, queries, y);

@@ -238,33 +238,44 @@ struct BackTiles : Tiles {
   }
 };
 
-// The eight channels c .. of a row's h [64][features + 4], of both halves.
-__device__ __forceinline__ void load_gradients(const float* h, const Widths& width, int row, int c, float (&upper)[8],
-                                               float (&lower)[8]) {
-  const float* const from = h + row * (width.features + 4) + c;
+// What a thread takes of a row of q or k to make its gradient: channels c .. c + 7, and the gradients of their features in h
+// [64][features + 4]. Zeros where there are none.
+struct Channels {
+  const Bits* data;  // of token 0
+  std::int64_t stride;
+  bool aligned;
+  __device__ Channels(const HeadsView& x, const Place& at, std::int64_t head, int c)
+      : data(static_cast<const Bits*>(x.data) + at.batch * x.batch + head * x.head + c), stride(x.token), aligned(aligned_16(x)) {}
+
+  __device__ __forceinline__ void load(const Place& at, std::int64_t first, int row, int c, const float* h, const Widths& width,
+                                       float (&v)[8], float (&upper)[8], float (&lower)[8]) const {
+    const std::int64_t token = first + row;
+    const bool there = c < width.dim;
+    Eight raw{};
+    if (there && token < at.length) raw = load_eight(data + (at.begin + token) * stride, aligned);
+    widen(raw, v);
+    const float* const from = h + row * (width.features + 4) + c;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    upper[i] = c < width.dim ? from[i] : 0.0f;
-    lower[i] = c < width.dim ? from[width.dim + i] : 0.0f;
+    for (int i = 0; i < 8; ++i) {
+      upper[i] = there ? from[i] : 0.0f;
+      lower[i] = there ? from[width.dim + i] : 0.0f;
+    }
   }
-}
+};
 
 // dq of a tile, and its part of the parameters' gradients, from the features' gradients in tiles.h.
 __device__ __forceinline__ void query_gradients(const Problem& x, const Widths& width, const Place& at, std::int64_t first,
                                                 std::int64_t head, const BackTiles& tiles, Bits* dq, float* dparams) {
   const int n = sharers(width.dim), c = static_cast<int>(threadIdx.x) % n * 8;
-  const bool pola = is_pola(x.map), aligned = aligned_16(x.q);
-  const Bits* const data = static_cast<const Bits*>(x.q.data) + at.batch * x.q.batch + head * x.q.head + c;
+  const bool pola = is_pola(x.map);
+  const Channels rows(x.q, at, head, c);
   float powers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / n; row < kMmaTile; row += kMmaThreads / n) {
     const std::int64_t token = first + row;
     const bool there = token < at.length;
-    Eight raw{};
-    if (there && c < width.dim) raw = load_eight(data + (at.begin + token) * x.q.token, aligned);
     float v[8], upper[8], lower[8], w[8], e[8], turned[8];
-    widen(raw, v);
-    load_gradients(tiles.h, width, row, c, upper, lower);
+    rows.load(at, first, row, c, tiles.h, width, v, upper, lower);
     if (pola) {
       if (c >= width.dim) continue;
 #pragma unroll
@@ -320,18 +331,15 @@ __device__ __forceinline__ void query_gradients(const Problem& x, const Widths& 
 __device__ __forceinline__ void key_gradients(const Problem& x, const Widths& width, const Place& at, std::int64_t first,
                                               std::int64_t kv, const BackTiles& tiles, Bits* dk, float* dparams) {
   const int n = sharers(width.dim), c = static_cast<int>(threadIdx.x) % n * 8;
-  const bool pola = is_pola(x.map), aligned = aligned_16(x.k), cube = !pola && x.key_power == 3.0f;
-  const Bits* const data = static_cast<const Bits*>(x.k.data) + at.batch * x.k.batch + kv * x.k.head + c;
+  const bool pola = is_pola(x.map), cube = !pola && x.key_power == 3.0f;
+  const Channels rows(x.k, at, kv, c);
   float powers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / n; row < kMmaTile; row += kMmaThreads / n) {
     const std::int64_t token = first + row;
     const bool there = token < at.length;
-    Eight raw{};
-    if (there && c < width.dim) raw = load_eight(data + (at.begin + token) * x.k.token, aligned);
     float v[8], upper[8], lower[8], m[8], e[8], turned[8], along = 0;
-    widen(raw, v);
-    load_gradients(tiles.h, width, row, c, upper, lower);
+    rows.load(at, first, row, c, tiles.h, width, v, upper, lower);
     const Norm of = x.map == FeatureMap::cosine ? norm_of<false>(x, kv, v, n) : Norm{};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

@@ -29,6 +29,15 @@ __device__ __forceinline__ Place locate(const Problem& x, const NlaSlots& s, std
   return {sequence, s.place[program], 0, begin, x.offsets[sequence + 1] - begin};
 }
 
+// Of a block's part of `part` tokens, from token at.part * part of the sequence on, with the part's end as the length: a part
+// that begins there or after it has no tokens.
+__device__ __forceinline__ Place locate_part(const Problem& x, const NlaSlots& s, std::int64_t tokens, std::int64_t part) {
+  Place at = locate(x, s, tokens);
+  const std::int64_t end = (at.part + 1) * part;
+  at.length = end < at.length ? end : at.length;
+  return at;
+}
+
 // Place of a sequence's first part among all, for parts of `part` tokens.
 __device__ __forceinline__ std::int64_t first_part(const Problem& x, std::int64_t sequence, std::int64_t part,
                                                    std::int64_t each) {
