@@ -57,4 +57,5 @@ forward: Any = partial(gpu.forward, _Problem)
 backward: Any = partial(gpu.backward, _Problem)
 advance: Any = partial(gpu.advance, _Problem)
 quadratic = gpu.quadratic
+STRIDED = _Problem.strided
 why_not = gpu.why_not
