@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
-    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z, T* o) {
+    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -126,19 +126,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
-  const T* const gate = static_cast<const T*>(x.gate.data);
   for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
     const int t = i / width, c = i % width;
     const std::int64_t token = first + t;
     if (token >= at.length) continue;
     float value = out[t * kColumns + c];
     if (!mala) value /= d[t] + effective_eps(x, at, token);
-    if (gate != nullptr) {
-      const float g = to_float(
-          gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);
+    if (x.gate.data != nullptr) {
+      const float g = to_float(row_of<const T>(x.gate, at, token, head)[column + c]);
       value *= g * sigmoid(g);
     }
-    o[((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + column + c] = from_float<T>(value);
+    row_of<T>(x.o, at, token, head)[column + c] = from_float<T>(value);
   }
 }
 
@@ -172,14 +170,14 @@ void nla_scan(const Problem& x, std::int64_t tokens, std::int64_t part, std::int
 }
 
 void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                 void* o, void* stream) {
+                 void* stream) {
   if (tiles.count == 0) return;
-  if (nla_mma_fits(x)) return nla_mma_forward(x, tiles, part, each, s, z, o, stream);
+  if (nla_mma_fits(x)) return nla_mma_forward(x, tiles, part, each, s, z, stream);
   const std::size_t shared = sizeof(float) * (2 * tile_floats(x) + 2 * kTile * kColumns + 2 * kTile * kTile + kTile);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z, static_cast<T*>(o));
+    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z);
   });
 }
 

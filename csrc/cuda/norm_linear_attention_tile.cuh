@@ -38,6 +38,17 @@ __device__ __forceinline__ Place locate_part(const Problem& x, const NlaSlots& s
   return at;
 }
 
+// A token's row of a head.
+template <class T>
+__device__ __forceinline__ T* row_of(const HeadsView& x, const Place& at, std::int64_t token, std::int64_t head) {
+  return static_cast<T*>(x.data) + at.batch * x.batch + (at.begin + token) * x.token + head * x.head;
+}
+
+// A query's row of [batch * queries, q_heads].
+__device__ __forceinline__ std::int64_t query_row(const Problem& x, const Place& at, std::int64_t token, std::int64_t head) {
+  return (at.batch * x.queries + at.begin + token) * x.q_heads + head;
+}
+
 // Place of a sequence's first part among all, for parts of `part` tokens.
 __device__ __forceinline__ std::int64_t first_part(const Problem& x, std::int64_t sequence, std::int64_t part,
                                                    std::int64_t each) {

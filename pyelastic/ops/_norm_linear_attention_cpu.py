@@ -23,7 +23,6 @@ PART, SERIAL_TOKENS, SERIAL_HEADS = 256, 512, 16
 # Multiplications below which a thread more costs more than it brings: an estimate, from 10 microseconds to wake it.
 WORTH_A_THREAD = 1 << 19
 Pair = tuple[Tensor, Tensor]
-STRIDED = True  # o and gradients lie as the caller's tensors do
 
 
 def quadratic(x: Inputs) -> bool:

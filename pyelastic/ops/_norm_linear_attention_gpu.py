@@ -59,7 +59,6 @@ class GpuProblem:
     """A call's tensors as the kernels take them."""
 
     tile: int  # tokens, set by the backend
-    strided = False  # whether kernels take strides of o and of gradients, and so write in the caller's order
 
     def __init__(self, inputs: Inputs) -> None:
         self.x = x = inputs.detached().readable()
@@ -94,10 +93,6 @@ class GpuProblem:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def room(self, x: Tensor, width: int) -> Tensor:
-        """For o or a gradient [B, N, H, width], of the tokens and heads of x."""
-        return empty_like(x, width) if self.strided else self.empty(*x.shape[:3], width, dtype=x.dtype)
 
     def parts_of(self, tokens: int) -> int:
         """Parts of a sequence that is not packed."""
@@ -163,7 +158,7 @@ class GpuProblem:
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         read: Read
         read, whole = ((None, None), (self.empty(0), self.empty(0))) if self.alone else self.states()
-        o = self.room(self.x.q, self.dv)
+        o = self.x.empty_output()
         if o.numel():
             self.run_forward(self.pieces(self.n, self.tile), read, o)
         return o, *self.narrowed(whole)
@@ -188,9 +183,9 @@ class GpuProblem:
         if not self.alone:
             read = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
         dtype = x.q.dtype
-        grad = last_contiguous(grad) if self.strided else grad.contiguous()
-        dq, dk, dv = (self.room(t, t.shape[3]) for t in (x.q, x.k, x.v))
-        dgate = self.room(x.gate, self.dv) if x.gate is not None else self.empty(0, dtype=dtype)
+        grad = last_contiguous(grad)
+        dq, dk, dv = (empty_like(t, t.shape[3]) for t in (x.q, x.k, x.v))
+        dgate = empty_like(x.gate, self.dv) if x.gate is not None else self.empty(0, dtype=dtype)
         rows = self.batch * self.n
         d, dd = self.empty(rows, self.heads), self.empty(rows, self.heads)
         tiles = self.pieces(self.n, self.tile)

@@ -23,7 +23,6 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
 class _Forward(gpu.GpuProblem):
     """With the tiles of the forward pass."""
 
-    strided = True
     column = 0  # of the table of configurations
 
     def __init__(self, inputs: Inputs) -> None:
@@ -133,5 +132,4 @@ forward: Any = partial(gpu.forward, _Forward)
 backward: Any = partial(gpu.backward, _Backward)
 advance: Any = partial(gpu.advance, _Forward)
 quadratic = gpu.quadratic
-STRIDED = _Forward.strided
 why_not = gpu.why_not

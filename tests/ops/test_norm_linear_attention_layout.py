@@ -16,6 +16,7 @@ from norm_linear_attention_cases import (
     compare,
     make,
     over_backends,
+    over_kernels,
     upstream_of,
 )
 from torch import Tensor
@@ -58,6 +59,17 @@ def test_layouts(backend: str, q: str, k: str, v: str, g: str, causal: bool) -> 
     compare(backend, laid, upstream={"o": lay(upstream_of(case)["o"], g)})
 
 
+@over_kernels
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_of_bfloat16(backend: str, kind: str, causal: bool) -> None:
+    """Widths that tensor cores take; rows of every tensor and of the gradient on 16 bytes, or not."""
+    case = make(2, 20, d=8, dv=24, heads=4, kv_heads=2, gate=True, causal=causal, rope="num", dtype=torch.bfloat16)
+    assert case.gate is not None
+    laid = case.having(q=lay(case.q, kind), k=lay(case.k, kind), v=lay(case.v, kind), gate=lay(case.gate, kind))
+    compare(backend, laid, upstream={"o": lay(upstream_of(case)["o"], kind)}, final=causal)
+
+
 @over_backends
 def test_heads_before_tokens(backend: str) -> None:
     case = make(2, 5, gate=True, heads=4, kv_heads=2)
@@ -85,10 +97,7 @@ def test_a_packed_projection_is_not_copied(backend: str, monkeypatch: pytest.Mon
     assert len(seen) >= 3 and all(seen)
 
 
-STRIDED = [b for b in BACKENDS if b != "eager" and op.LAUNCHERS[b].STRIDED]
-
-
-@pytest.mark.parametrize("backend", STRIDED)
+@over_kernels
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n", (20, 150))
 def test_heads_first_stay_heads_first(backend: str, n: int, causal: bool) -> None:
@@ -121,7 +130,7 @@ def shuffled(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.detach().permute(order).contiguous().permute(back)
 
 
-@pytest.mark.parametrize("backend", STRIDED)
+@over_kernels
 @pytest.mark.parametrize(("causal", "packed"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_each_tensor_has_an_order_of_its_own(
@@ -144,7 +153,7 @@ def test_each_tensor_has_an_order_of_its_own(
         assert in_order.is_contiguous(), (of, result.stride())
 
 
-@pytest.mark.parametrize("backend", STRIDED)
+@over_kernels
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
 def test_a_strided_gradient_is_not_copied(
     backend: str, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
