@@ -284,29 +284,26 @@ void bind_norm_linear_attention(py::module_& m) {
                          as<float>(parts), as<float>(total), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_forward",
-        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer o, Pointer stream) {
-          cuda::nla_forward(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z), as<void>(o),
-                            as<void>(stream));
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer stream) {
+          cuda::nla_forward(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_queries",
-        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer grad, Pointer dq,
-            Pointer dgate, Pointer d, Pointer dd, Pointer dparams, Pointer stream) {
-          cuda::nla_queries(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z),
-                            as<const void>(grad), as<void>(dq), as<void>(dgate), as<float>(d), as<float>(dd),
-                            as<float>(dparams), as<void>(stream));
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer s, Pointer z, Pointer d, Pointer dd,
+            Pointer dparams, Pointer stream) {
+          cuda::nla_queries(problem(x), slots(tiles), part, each, as<const float>(s), as<const float>(z), as<float>(d),
+                            as<float>(dd), as<float>(dparams), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_grad_state",
-        [=](const Arguments& x, const Slots& parts, Int part, Pointer grad, Pointer d, Pointer dd, Pointer last, Pointer ds,
-            Pointer dz, Pointer stream) {
-          cuda::nla_grad_state(problem(x), slots(parts), part, as<const void>(grad), as<const float>(d),
-                               as<const float>(dd), as<const float>(last), as<float>(ds), as<float>(dz), as<void>(stream));
+        [=](const Arguments& x, const Slots& parts, Int part, Pointer d, Pointer dd, Pointer last, Pointer ds, Pointer dz,
+            Pointer stream) {
+          cuda::nla_grad_state(problem(x), slots(parts), part, as<const float>(d), as<const float>(dd),
+                               as<const float>(last), as<float>(ds), as<float>(dz), as<void>(stream));
         }, nogil);
   m.def("cuda_norm_linear_attention_keys",
-        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer grad, Pointer d, Pointer dd, Pointer ds,
-            Pointer dz, Pointer dk, Pointer dv, Pointer dparams, Pointer stream) {
-          cuda::nla_keys(problem(x), slots(tiles), part, each, as<const void>(grad), as<const float>(d),
-                         as<const float>(dd), as<const float>(ds), as<const float>(dz), as<void>(dk), as<void>(dv),
-                         as<float>(dparams), as<void>(stream));
+        [=](const Arguments& x, const Slots& tiles, Int part, Int each, Pointer d, Pointer dd, Pointer ds, Pointer dz,
+            Pointer dparams, Pointer stream) {
+          cuda::nla_keys(problem(x), slots(tiles), part, each, as<const float>(d), as<const float>(dd),
+                         as<const float>(ds), as<const float>(dz), as<float>(dparams), as<void>(stream));
         }, nogil);
 }
 

@@ -154,24 +154,23 @@ void nla_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t
 void nla_scan(const NormLinearAttention<float>& x, std::int64_t tokens, std::int64_t part, std::int64_t each,
               std::int64_t width, const float* initial, bool exclusive, bool reverse, float* parts, float* total,
               void* stream);
-// s, z: of the whole, or causal, before each part; each: parts of a sequence. Null in nla_forward and nla_queries, as ds and
+// o. s, z: of the whole, or causal, before each part; each: parts of a sequence. Null in nla_forward and nla_queries, as ds and
 // dz in nla_keys: quadratic order, without states ("alone"). Then x is not packed, not mala and has no s0 and z0, queries and
 // keys are 1 .. `part` tokens, and a query meets all keys of its sequence, causal those up to it, by weights.
 void nla_forward(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
-                 const float* z, void* o, void* stream);
-// d, dd [batch * queries, q_heads]; dparams [tiles, q_heads, 3], pola [tiles, q_heads, dim]. States of mala have 2 dim rows
-// here too, of which row dim sums the values; d is then the reciprocal of c (the factor of R phi_q), dd the gradient of
-// phi_q . z, and dparams [batch * queries, q_heads] what the readout takes of row dim, which nla_grad_state gets as `last`.
+                 const float* z, void* stream);
+// dq and, with a gate, dgate; d, dd [batch * queries, q_heads]; dparams [tiles, q_heads, 3], pola [tiles, q_heads, dim].
+// States of mala have 2 dim rows here too, of which row dim sums the values; d is then the reciprocal of c (the factor of
+// R phi_q), dd the gradient of phi_q . z, and dparams [batch * queries, q_heads] what the readout takes of row dim, which
+// nla_grad_state gets as `last`.
 void nla_queries(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
-                 const float* z, const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams,
-                 void* stream);
+                 const float* z, float* d, float* dd, float* dparams, void* stream);
 // Sums over the queries of each part: ds [parts, q_heads, rows, v_dim], dz [parts, q_heads, features].
-void nla_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const void* grad,
-                    const float* d, const float* dd, const float* last, float* ds, float* dz, void* stream);
-// ds, dz: of the whole, or causal, after each part; dparams, pola: [tiles, kv_heads, dim].
-void nla_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad,
-              const float* d, const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams,
-              void* stream);
+void nla_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const float* d, const float* dd,
+                    const float* last, float* ds, float* dz, void* stream);
+// dk, dv. ds, dz: of the whole, or causal, after each part; dparams, pola: [tiles, kv_heads, dim].
+void nla_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d,
+              const float* dd, const float* ds, const float* dz, float* dparams, void* stream);
 
 }  // namespace cuda
 

@@ -283,16 +283,14 @@ def cuda_norm_linear_attention_scan(
     total: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_forward(
-    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, o: int, stream: int, /,
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_queries(
-    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, grad: int, dq: int, dgate: int, d: int,
-    dd: int, dparams: int, stream: int, /,
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, s: int, z: int, d: int, dd: int, dparams: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_grad_state(
-    x: _Nla, parts: _NlaSlots, part: int, grad: int, d: int, dd: int, last: int, ds: int, dz: int, stream: int, /,
+    x: _Nla, parts: _NlaSlots, part: int, d: int, dd: int, last: int, ds: int, dz: int, stream: int, /,
 ) -> None: ...
 def cuda_norm_linear_attention_keys(
-    x: _Nla, tiles: _NlaSlots, part: int, each: int, grad: int, d: int, dd: int, ds: int, dz: int, dk: int, dv: int,
-    dparams: int, stream: int, /,
+    x: _Nla, tiles: _NlaSlots, part: int, each: int, d: int, dd: int, ds: int, dz: int, dparams: int, stream: int, /,
 ) -> None: ...

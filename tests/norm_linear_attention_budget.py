@@ -8,6 +8,7 @@ from typing import Any
 import compiled
 
 MODULE = "pyelastic.triton_kernels.norm_linear_attention"
+STRIDES = [f"s_{x}{y}" for x in (*"qkvgo", "dq", "dk", "dv", "dg") for y in "bnh"]
 
 
 def _signature(dtype: str) -> dict[str, str]:
@@ -16,9 +17,8 @@ def _signature(dtype: str) -> dict[str, str]:
     pointers |= {f"p_{n}": "*fp32" for n in floats}
     pointers |= {f"p_{n}": "*i64" for n in ("start", "count", "offsets", "sequence", "part")}
     sizes = ("N", "keys", "queries", "tiles", "parts", "heads", "group", "width")
-    strides = [f"s_{x}{y}" for x in "qkvg" for y in "bnh"]
     scalars = dict.fromkeys(("key_power", "alpha", "eps", "norm_eps"), "fp32")
-    return pointers | dict.fromkeys((*sizes, *strides), "i32") | scalars
+    return pointers | dict.fromkeys((*sizes, *STRIDES), "i32") | scalars
 
 
 def requests() -> dict[str, dict[str, Any]]:
@@ -27,7 +27,6 @@ def requests() -> dict[str, dict[str, Any]]:
     from pyelastic.triton_kernels import norm_linear_attention_backward as backward
 
     found: dict[str, dict[str, Any]] = {}
-    strides = [f"s_{x}{y}" for x in "qkvg" for y in "bnh"]
 
     def add(name: str, module: Any, kernel: str, dtype: str, constants: dict[str, Any]) -> None:
         known = inspect.signature(getattr(module, kernel).fn).parameters
@@ -35,7 +34,7 @@ def requests() -> dict[str, dict[str, Any]]:
             found[f"triton norm_linear_attention {name} (sm_{arch})"] = {
                 "kernel": f"{module.__name__}:{kernel}", "signature": _signature(dtype),
                 "constants": {k: v for k, v in constants.items() if k in known}, "arch": arch,
-                "multiples_of_16": strides, "warps": forward.WARPS, "stages": 1,
+                "multiples_of_16": STRIDES, "warps": forward.WARPS, "stages": 1,
             }  # fmt: skip
 
     for dtype in ("bf16", "fp32"):

@@ -394,10 +394,10 @@ def effective_eps(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    p_q, p_k, p_v, p_gate, p_o,  # [B, N, Hq, D], [B, M, Hk, D], [B, M, Hk, DV], [B, N, Hq, DV], contiguous alike
+    p_q, p_k, p_v, p_gate, p_o,  # [B, N, Hq, D], [B, M, Hk, D], [B, M, Hk, DV], [B, N, Hq, DV], and alike
     p_params, p_sin, p_cos, p_start, p_count, p_offsets, p_sequence, p_part,
     p_s, p_z,  # states that a tile starts from: [sequences or parts, Hk, 2 D, DV] and [.., 2 D]
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh,
     N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
@@ -469,5 +469,5 @@ def forward(
         if HAS_GATE:
             gate = load_values(p_gate + batch * s_gb + head * s_gh, begin + token, m_token, s_gn, o_v, DV)
             o = o * gate / (1.0 + tl.exp(-gate))
-        row = ((batch * N + begin + token) * heads + head)[:, None]
-        tl.store(p_o + row * DV + o_v[None, :], o.to(p_o.dtype.element_ty), mask=m_o)
+        p_o += batch * s_ob + head * s_oh
+        tl.store(p_o + (begin + token)[:, None] * s_on + o_v[None, :], o.to(p_o.dtype.element_ty), mask=m_o)

@@ -48,9 +48,9 @@ from .norm_linear_attention_mala import elu_gradient, first_pair, readout
 
 
 @triton.jit
-def gated(p_grad, p_gate, o_row, m_token, s_gate, o_token, o_v, DV: tl.constexpr, HAS_GATE: tl.constexpr):
-    """The gradient of the output before the gate [tokens, values]; o_row: rows of the contiguous gradient."""
-    g = load_values(p_grad, o_row, m_token, DV, o_v, DV)
+def gated(p_grad, p_gate, o_token, m_token, s_grad, s_gate, o_v, DV: tl.constexpr, HAS_GATE: tl.constexpr):
+    """The gradient of the output before the gate [tokens, values]."""
+    g = load_values(p_grad, o_token, m_token, s_grad, o_v, DV)
     if HAS_GATE:
         gate = load_values(p_gate, o_token, m_token, s_gate, o_v, DV)
         g = g * gate / (1.0 + tl.exp(-gate))
@@ -158,21 +158,21 @@ def key_gradient(
 
 
 @triton.jit
-def store_pairs(p_x, row, m_token, even, odd, o_pair, D: tl.constexpr):
-    """Rows of a contiguous [., D]."""
-    at = p_x + row[:, None] * D + 2 * o_pair[None, :]
+def store_pairs(p_x, o_token, m_token, s_token, even, odd, o_pair, D: tl.constexpr):
+    at = p_x + o_token[:, None] * s_token + 2 * o_pair[None, :]
     tl.store(at, even.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair < D)[None, :])
     tl.store(at + 1, odd.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair + 1 < D)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_queries(
-    p_q, p_k, p_v, p_gate, p_grad,  # as in forward; grad contiguous [B, N, Hq, DV]
-    p_dq, p_dgate,  # contiguous, as q and gate
+    p_q, p_k, p_v, p_gate, p_grad,  # as in forward; grad [B, N, Hq, DV]
+    p_dq, p_dgate,  # as q and gate
     p_d, p_dd,  # [B N, Hq]: the denominator, and its gradient
     p_dparams,  # [tiles of all, Hq, 3], for pola [tiles of all, Hq, D], for MALA [B N, Hq]: the readout's last feature
     p_params, p_sin, p_cos, p_start, p_count, p_offsets, p_sequence, p_part, p_s, p_z,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh,  # o: grad's
+    s_dqb, s_dqn, s_dqh, s_dgb, s_dgn, s_dgh,
     N, keys, tiles, parts, heads, group, key_power, alpha, eps, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
@@ -190,6 +190,7 @@ def grad_queries(
     p_k += batch * s_kb + kv * s_kh
     p_v += batch * s_vb + kv * s_vh
     p_gate += batch * s_gb + head * s_gh
+    p_grad += batch * s_ob + head * s_oh
     even, odd = load_pairs(p_q, begin + token, m_token, s_qn, o_pair, D)
     ue, uo, le, lo = query_features(even, odd, a, b, c, alpha, norm_eps, MAP)
     g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
@@ -236,7 +237,7 @@ def grad_queries(
         h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
-            y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
+            y = gated(p_grad, p_gate, begin + token, m_token, s_on, s_gn, o_v, DV, HAS_GATE) / d[:, None]
             o = tl.zeros([BT, BV], tl.float32)
             if not ALONE:
                 t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
@@ -265,10 +266,11 @@ def grad_queries(
             if HAS_GATE:
                 gate = load_values(p_gate, begin + token, m_token, s_gn, o_v, DV)
                 sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-                g = load_values(p_grad, row, m_token, DV, o_v, DV)
+                g = load_values(p_grad, begin + token, m_token, s_on, o_v, DV)
                 dgate = g * (o / d[:, None]) * sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 m_o = m_token[:, None] & (o_v < DV)[None, :]
-                tl.store(p_dgate + row[:, None] * DV + o_v[None, :], dgate.to(p_dgate.dtype.element_ty), mask=m_o)
+                at_o = p_dgate + batch * s_dgb + head * s_dgh + (begin + token)[:, None] * s_dgn + o_v[None, :]
+                tl.store(at_o, dgate.to(p_dgate.dtype.element_ty), mask=m_o)
         dd = -tl.sum(g_ue * h_ue + g_uo * h_uo + g_le * h_le + g_lo * h_lo, axis=1) / d
         if MAP == MALA:  # of phi_q . z; y = g / d is to be the gradient before the factor
             of_last = tl.sum(tl.where((o_pair == 0)[None, :], h_le, 0.0), axis=1)
@@ -301,7 +303,8 @@ def grad_queries(
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
         dq_even, dq_odd, x, y_, z = query_gradient(even, odd, a, b, c, h_ue, h_uo, h_le, h_lo, alpha, norm_eps, MAP)
-        store_pairs(p_dq, row, m_token, dq_even, dq_odd, o_pair, D)
+        p_dq += batch * s_dqb + head * s_dqh
+        store_pairs(p_dq, begin + token, m_token, s_dqn, dq_even, dq_odd, o_pair, D)
         if MAP >= POLA and MAP != MALA:
             p_dparams += (slot.to(tl.int64) * heads + head) * D
             tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)
@@ -318,7 +321,7 @@ def grad_state(
     p_q, p_gate, p_grad, p_d, p_dd, p_last,  # p_last: MALA's, as grad_queries left it
     p_s, p_z,  # [parts of all, Hq, 2 D, DV], [parts of all, Hq, 2 D]
     p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
-    s_qb, s_qn, s_qh, s_gb, s_gn, s_gh, N, parts, heads, alpha, norm_eps,
+    s_qb, s_qn, s_qh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh, N, parts, heads, alpha, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr, HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -330,6 +333,7 @@ def grad_state(
     a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
     p_q += batch * s_qb + head * s_qh
     p_gate += batch * s_gb + head * s_gh
+    p_grad += batch * s_ob + head * s_oh
     s_ue, s_uo = tl.zeros([HD, BV], tl.float32), tl.zeros([HD, BV], tl.float32)
     s_le, s_lo = tl.zeros([HD, BV], tl.float32), tl.zeros([HD, BV], tl.float32)
     z_ue, z_uo = tl.zeros([HD], tl.float32), tl.zeros([HD], tl.float32)
@@ -353,7 +357,7 @@ def grad_state(
         dd = tl.load(p_dd + row, mask=m_token, other=0.0)[:, None]
         if MAP == MALA:
             g_le = first_pair(tl.load(p_last + row, mask=m_token, other=0.0) * d, o_pair)
-        y = gated(p_grad, p_gate, row, m_token, s_gn, begin + token, o_v, DV, HAS_GATE) / d[:, None]
+        y = gated(p_grad, p_gate, begin + token, m_token, s_on, s_gn, o_v, DV, HAS_GATE) / d[:, None]
         s_ue = dot(tl.trans(g_ue), y, s_ue, PRECISION)
         s_uo = dot(tl.trans(g_uo), y, s_uo, PRECISION)
         s_le = dot(tl.trans(g_le), y, s_le, PRECISION)
@@ -373,10 +377,11 @@ def grad_state(
 def grad_keys(
     p_q, p_k, p_v, p_gate, p_grad, p_d, p_dd,
     p_ds, p_dz,  # gradients of the states after the tile's part: [sequences or parts, Hk, 2 D, DV], [.., 2 D]
-    p_dk, p_dv,  # contiguous, as k and v
+    p_dk, p_dv,  # as k and v
     p_dparams,  # pola: [tiles of all, Hk, D]
     p_params, p_sin, p_cos, p_start, p_offsets, p_sequence, p_part,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh,  # o: grad's
+    s_dkb, s_dkn, s_dkh, s_dvb, s_dvn, s_dvh,
     N, queries, tiles, parts, heads, group, key_power, alpha, norm_eps,
     D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
@@ -403,7 +408,6 @@ def grad_keys(
         at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
     if tile * BT < length:
         at = at * kv_heads + kv
-        row = (batch * N + begin + token) * kv_heads + kv
         # queries that meet these keys by weights
         start = tile * BT if CAUSAL else 0
         stop = tl.minimum((tile * BT // PART + 1) * PART, length) if CAUSAL else queries
@@ -441,8 +445,8 @@ def grad_keys(
                             ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
                         d = tl.load(p_d + q_row, mask=m_query, other=1.0)
                         y = gated(
-                            p_grad, p_gate + batch * s_gb + head * s_gh, q_row, m_query, s_gn, begin + query, o_v, DV,
-                            HAS_GATE,
+                            p_grad + batch * s_ob + head * s_oh, p_gate + batch * s_gb + head * s_gh, begin + query,
+                            m_query, s_on, s_gn, o_v, DV, HAS_GATE,
                         ) / d[:, None]  # fmt: skip
                         w = weights_of(g_ue, g_uo, g_le, g_lo, ue, uo, le, lo, BT, PRECISION)
                         dv = dot(meeting(w, token[:, None], query[None, :], CAUSAL), y, dv, PRECISION)
@@ -450,7 +454,8 @@ def grad_keys(
                         w = meeting(w, token[:, None], query[None, :], CAUSAL)
                         h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
             m_v = m_token[:, None] & (o_v < DV)[None, :]
-            tl.store(p_dv + row[:, None] * DV + o_v[None, :], dv.to(p_dv.dtype.element_ty), mask=m_v)
+            at_v = p_dv + batch * s_dvb + kv * s_dvh + (begin + token)[:, None] * s_dvn + o_v[None, :]
+            tl.store(at_v, dv.to(p_dv.dtype.element_ty), mask=m_v)
         # What denominators send to phi_k, as in grad_queries.
         if ROPE == 1:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
@@ -483,7 +488,8 @@ def grad_keys(
         dk_even, dk_odd, x, y_ = key_gradient(
             even, odd, a, b, h_ue, h_uo, h_le, h_lo, key_power, alpha, norm_eps, MAP, CUBE
         )
-        store_pairs(p_dk, row, m_token, dk_even, dk_odd, o_pair, D)
+        p_dk += batch * s_dkb + kv * s_dkh
+        store_pairs(p_dk, begin + token, m_token, s_dkn, dk_even, dk_odd, o_pair, D)
         if MAP >= POLA and MAP != MALA:
             p_dparams += (slot.to(tl.int64) * kv_heads + kv) * D
             tl.store(p_dparams + 2 * o_pair, tl.sum(x, axis=0), mask=2 * o_pair < D)

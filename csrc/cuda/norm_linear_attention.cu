@@ -25,17 +25,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const sum = v + kTile * kColumns;  // [2 d][kColumns]
   float* const z_sum = sum + rows * kColumns;
   const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
-  const Place at = locate(x, parts, x.keys);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.keys, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
   for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
   for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
   const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + head * x.v.head;
-  Place inside = at;
-  inside.length = end;
-  for (std::int64_t token = first; token < end; token += kTile) {
-    make_tile<T>(x, x.k, inside, token, head, false, tile);
-    load_columns(values, x.v.token, inside, token, column, x.v_dim, v);
+  for (std::int64_t token = first; token < at.length; token += kTile) {
+    make_tile<T>(x, x.k, at, token, head, false, tile);
+    load_columns(values, x.v.token, at, token, column, x.v_dim, v);
     __syncthreads();
     product(tile.g, 1, tile.ldf, v, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
     const float* const plain = x.rope_both ? tile.g : tile.f;
@@ -74,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
-    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z, T* o) {
+    nla_forward_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -128,19 +126,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
-  const T* const gate = static_cast<const T*>(x.gate.data);
   for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
     const int t = i / width, c = i % width;
     const std::int64_t token = first + t;
     if (token >= at.length) continue;
     float value = out[t * kColumns + c];
     if (!mala) value /= d[t] + effective_eps(x, at, token);
-    if (gate != nullptr) {
-      const float g = to_float(
-          gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);
+    if (x.gate.data != nullptr) {
+      const float g = to_float(row_of<const T>(x.gate, at, token, head)[column + c]);
       value *= g * sigmoid(g);
     }
-    o[((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + column + c] = from_float<T>(value);
+    row_of<T>(x.o, at, token, head)[column + c] = from_float<T>(value);
   }
 }
 
@@ -174,14 +170,14 @@ void nla_scan(const Problem& x, std::int64_t tokens, std::int64_t part, std::int
 }
 
 void nla_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                 void* o, void* stream) {
+                 void* stream) {
   if (tiles.count == 0) return;
-  if (nla_mma_fits(x)) return nla_mma_forward(x, tiles, part, each, s, z, o, stream);
+  if (nla_mma_fits(x)) return nla_mma_forward(x, tiles, part, each, s, z, stream);
   const std::size_t shared = sizeof(float) * (2 * tile_floats(x) + 2 * kTile * kColumns + 2 * kTile * kTile + kTile);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads), columns_of(x));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z, static_cast<T*>(o));
+    LAUNCH((nla_forward_kernel<T>), grid, kThreads, shared, stream, x, tiles, part, each, s, z);
   });
 }
 

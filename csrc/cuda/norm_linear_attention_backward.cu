@@ -12,16 +12,15 @@ namespace {
 
 // y [kTile][kColumns]: columns of the gradient before the gate, over the denominators d. No barrier.
 template <class T>
-__device__ void load_gradient(const Problem& x, const T* grad, const Place& at, std::int64_t first, std::int64_t head,
-                              std::int64_t column, const float* d, float* y) {
-  const T* const gate = static_cast<const T*>(x.gate.data);
+__device__ void load_gradient(const Problem& x, const Place& at, std::int64_t first, std::int64_t head, std::int64_t column,
+                              const float* d, float* y) {
   for (int i = threadIdx.x; i < kTile * kColumns; i += kThreads) {
     const std::int64_t token = first + i / kColumns, c = column + i % kColumns;
     float g = 0.0f;
     if (token < at.length && c < x.v_dim) {
-      g = to_float(grad[((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + c]);
-      if (gate != nullptr) {
-        const float s = to_float(gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c]);
+      g = to_float(row_of<const T>(x.o, at, token, head)[c]);
+      if (x.gate.data != nullptr) {
+        const float s = to_float(row_of<const T>(x.gate, at, token, head)[c]);
         g *= s * sigmoid(s);
       }
       g /= d[i / kColumns];
@@ -57,7 +56,7 @@ __device__ void elu_gradient(const Tile& tile, const Place& at, std::int64_t fir
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
     nla_queries_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                   const T* grad, T* dq, T* dgate, float* d_out, float* dd_out, float* dparams) {
+                   float* d_out, float* dd_out, float* dparams) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const float* const state = alone ? nullptr : s + slot * rows * x.v_dim;
   const Met met = keys_met(x, at, first, part, kTile, alone);
   const T* const values = static_cast<const T*>(x.v.data) + at.batch * x.v.batch + kv * x.v.head;
-  const T* const gate = static_cast<const T*>(x.gate.data);
+  const bool gated = x.gate.data != nullptr;
   make_tile<T>(x, x.q, at, first, head, true, query);
   const float* const plain = x.rope_both ? query.g : query.f;
   const float* const plain_k = x.rope_both ? key.g : key.f;
@@ -113,10 +112,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (std::int64_t column = 0; column < x.v_dim; column += kColumns) {
     const int width = x.v_dim - column < kColumns ? static_cast<int>(x.v_dim - column) : kColumns;
     __syncthreads();
-    load_gradient(x, grad, at, first, head, column, d, y);
+    load_gradient<T>(x, at, first, head, column, d, y);
     __syncthreads();
     if (!alone) product(y, kColumns, 1, state + column, 1, static_cast<int>(x.v_dim), kTile, width, rows, h, ld, true);
-    if (gate != nullptr) {
+    if (gated) {
       product(query.g, ld, 1, alone ? nullptr : state + column, x.v_dim, 1, kTile, alone ? 0 : rows, width, o, kColumns, false);
     }
     for (std::int64_t other = met.first; other < met.end; other += kTile) {
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       __syncthreads();
       product(weights, kTile, 1, key.g, ld, 1, kTile, kTile, rows, h, ld, true);
-      if (gate == nullptr) continue;
+      if (!gated) continue;
       __syncthreads();
       product(query.g, ld, 1, key.g, 1, ld, kTile, rows, kTile, weights, kTile, false);
       for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
@@ -138,15 +137,14 @@ __global__ void __launch_bounds__(kThreads, 3)
       __syncthreads();
       product(weights, kTile, 1, v, kColumns, 1, kTile, kTile, width, o, kColumns, true);
     }
-    for (int i = threadIdx.x; i < kTile * width && gate != nullptr; i += kThreads) {
+    for (int i = threadIdx.x; i < kTile * width && gated; i += kThreads) {
       const int t = i / width, c = i % width;
       const std::int64_t token = first + t;
       if (token >= at.length) continue;
-      const std::int64_t to = ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * x.v_dim + column + c;
-      const float g = to_float(
-          gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + column + c]);
-      const float sig = sigmoid(g);
-      dgate[to] = from_float<T>(to_float(grad[to]) * (o[t * kColumns + c] / d[t]) * sig * (1.0f + g * (1.0f - sig)));
+      const float g = to_float(row_of<const T>(x.gate, at, token, head)[column + c]), sig = sigmoid(g);
+      const float up = to_float(row_of<const T>(x.o, at, token, head)[column + c]);
+      row_of<T>(x.dgate, at, token, head)[column + c] =
+          from_float<T>(up * (o[t * kColumns + c] / d[t]) * sig * (1.0f + g * (1.0f - sig)));
     }
   }
   __syncthreads();
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         dd[t] = (sum * r.slope - h[t * ld + dim] * r.inverse) * r.scale;
         d[t] = 1.0f / r.c;
       }
-      const std::int64_t token = first + t, row = (at.batch * x.queries + at.begin + token) * x.q_heads + head;
+      const std::int64_t token = first + t, row = query_row(x, at, token, head);
       if (token < at.length) {
         d_out[row] = d[t];
         dd_out[row] = dd[t];
@@ -189,8 +187,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   if (x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
   if (mala) {
-    elu_gradient(query, at, first, h, dq + ((at.batch * x.queries + at.begin + first) * x.q_heads + head) * dim,
-                 x.q_heads * dim);
+    elu_gradient(query, at, first, h, row_of<T>(x.dq, at, first, head), x.dq.token);
     return;
   }
   const bool pola = is_pola(x.map);
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
     const std::int64_t token = first + t;
-    T* const to = dq + ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * dim;
+    T* const to = row_of<T>(x.dq, at, token, head);
     const float r = query.r[t], p = query.p[t];
     float sum_p = 0, sum_t = 0, sum_n = 0;
     for (int c = threadIdx.x % 32; c < dim && !pola; c += 32) {
@@ -249,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
-    nla_grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const T* grad, const float* d_in, const float* dd_in,
-                      const float* last, float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
+    nla_grad_state_kernel(Problem x, NlaSlots parts, std::int64_t part, const float* d_in, const float* dd_in, const float* last,
+                      float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -261,18 +258,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const d = z_sum + rows;
   float* const dd = d + kTile;
   const std::int64_t head = blockIdx.y, column = static_cast<std::int64_t>(blockIdx.z) * kColumns;
-  const Place at = locate(x, parts, x.queries);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.queries, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
   for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) sum[i] = 0.0f;
   for (int i = threadIdx.x; i < rows; i += kThreads) z_sum[i] = 0.0f;
-  Place inside = at;
-  inside.length = end;
-  for (std::int64_t token = first; token < end; token += kTile) {
-    make_tile<T>(x, x.q, inside, token, head, true, query);
+  for (std::int64_t token = first; token < at.length; token += kTile) {
+    make_tile<T>(x, x.q, at, token, head, true, query);
     if (threadIdx.x < kTile) {
-      const std::int64_t row = (at.batch * x.queries + at.begin + token + threadIdx.x) * x.q_heads + head;
-      const bool there = token + threadIdx.x < end;
+      const std::int64_t row = query_row(x, at, token + threadIdx.x, head);
+      const bool there = token + threadIdx.x < at.length;
       d[threadIdx.x] = there ? d_in[row] : 1.0f;
       dd[threadIdx.x] = there ? dd_in[row] : 0.0f;
       // y is to be the gradient times c, of which the sum of the values takes `last`.
@@ -281,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     __syncthreads();
-    load_gradient(x, grad, inside, token, head, column, d, y);
+    load_gradient<T>(x, at, token, head, column, d, y);
     __syncthreads();
     product(query.g, 1, query.ldf, y, kColumns, 1, rows, kTile, kColumns, sum, kColumns, true);
     const float* const plain = x.rope_both ? query.g : query.f;
@@ -300,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
-    nla_keys_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const T* grad, const float* d_in,
-                const float* dd_in, const float* ds, const float* dz, T* dk, T* dv, float* dparams) {
+    nla_keys_kernel(Problem x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d_in,
+                const float* dd_in, const float* ds, const float* dz, float* dparams) {
   DYN_SHARED(float, shared);
   float* room = shared;
   const int dim = static_cast<int>(x.dim), rows = 2 * dim;
@@ -340,11 +335,10 @@ __global__ void __launch_bounds__(kThreads, 3)
         make_tile<T>(x, x.q, met.at, other, head, true, query);
         if (threadIdx.x < kTile) {
           const std::int64_t token = other + threadIdx.x;
-          d[threadIdx.x] =
-              token < met.at.length ? d_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 1.0f;
+          d[threadIdx.x] = token < met.at.length ? d_in[query_row(x, at, token, head)] : 1.0f;
         }
         __syncthreads();
-        load_gradient(x, grad, met.at, other, head, column, d, y);
+        load_gradient<T>(x, met.at, other, head, column, d, y);
         product(key.g, ld, 1, query.g, 1, ld, kTile, rows, kTile, weights, kTile, false);  // [keys][queries]
         for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
           if (x.causal && first + i / kTile > other + i % kTile) weights[i] = 0.0f;
@@ -364,8 +358,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int t = i / width, c = i % width;
       const std::int64_t token = first + t;
       if (token >= at.length) continue;
-      dv[((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * x.v_dim + column + c] =
-          from_float<T>(out[t * kColumns + c]);
+      row_of<T>(x.dv, at, token, kv)[column + c] = from_float<T>(out[t * kColumns + c]);
     }
   }
   __syncthreads();
@@ -380,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
         const std::int64_t token = other + i % kTile;
         const bool meets = (!x.causal || first + i / kTile <= token) && token < met.at.length;
-        weights[i] = meets ? dd_in[(at.batch * x.queries + at.begin + token) * x.q_heads + head] : 0.0f;
+        weights[i] = meets ? dd_in[query_row(x, at, token, head)] : 0.0f;
       }
       __syncthreads();
       product(weights, kTile, 1, plain, ld, 1, kTile, kTile, rows, h, ld, true);
@@ -389,13 +382,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   if (x.rope_both) turn<-1>(x, at, first, dim, h, ld, h);
   if (x.map == FeatureMap::mala) {
-    elu_gradient(key, at, first, h, dk + ((at.batch * x.keys + at.begin + first) * x.kv_heads + kv) * dim, x.kv_heads * dim);
+    elu_gradient(key, at, first, h, row_of<T>(x.dk, at, first, kv), x.dk.token);
     return;
   }
   const bool pola = is_pola(x.map), cosine = x.map == FeatureMap::cosine;
   for (int t = threadIdx.x / 32; t < kTile; t += kWarps) {
     const std::int64_t token = first + t;
-    T* const to = dk + ((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * dim;
+    T* const to = row_of<T>(x.dk, at, token, kv);
     const float r = key.r[t];
     float along = 0;
     for (int c = threadIdx.x % 32; c < dim && cosine; c += 32) {
@@ -435,41 +428,40 @@ std::size_t shared_bytes(const Problem& x) {
 }  // namespace
 
 void nla_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                 const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream) {
+                 float* d, float* dd, float* dparams, void* stream) {
   if (tiles.count == 0) return;
-  if (nla_mma_fits(x)) return nla_mma_queries(x, tiles, part, each, s, z, grad, dq, dgate, d, dd, dparams, stream);
+  if (nla_mma_fits(x)) return nla_mma_queries(x, tiles, part, each, s, z, d, dd, dparams, stream);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_queries_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, s, z,
-           static_cast<const T*>(grad), static_cast<T*>(dq), static_cast<T*>(dgate), d, dd, dparams);
+    LAUNCH((nla_queries_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, s, z, d, dd,
+           dparams);
   });
 }
 
-void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
-                    const float* last, float* ds, float* dz, void* stream) {
+void nla_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const float* d, const float* dd, const float* last,
+                    float* ds, float* dz, void* stream) {
   if (parts.count == 0) return;
-  if (nla_mma_fits(x)) return nla_mma_grad_state(x, parts, part, grad, d, dd, ds, dz, stream);
+  if (nla_mma_fits(x)) return nla_mma_grad_state(x, parts, part, d, dd, ds, dz, stream);
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.q_heads),
                   static_cast<unsigned>((x.v_dim + kColumns - 1) / kColumns));
   const std::size_t dim = static_cast<std::size_t>(x.dim), tile = kTile * ((dim | 1) + 2 * (2 * dim + 1) + 4);
   const std::size_t shared = sizeof(float) * (tile + kTile * kColumns + 2 * dim * (kColumns + 1) + 2 * kTile);
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, static_cast<const T*>(grad), d, dd,
-           last, ds, dz);
+    LAUNCH((nla_grad_state_kernel<T>), grid, kThreads, shared, stream, x, parts, part, d, dd, last, ds, dz);
   });
 }
 
-void nla_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad, const float* d,
-              const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams, void* stream) {
+void nla_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d, const float* dd,
+              const float* ds, const float* dz, float* dparams, void* stream) {
   if (tiles.count == 0) return;
-  if (nla_mma_fits(x)) return nla_mma_keys(x, tiles, part, each, grad, d, dd, ds, dz, dk, dv, dparams, stream);
+  if (nla_mma_fits(x)) return nla_mma_keys(x, tiles, part, each, d, dd, ds, dz, dparams, stream);
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
   visit_dtype(x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    LAUNCH((nla_keys_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, static_cast<const T*>(grad), d,
-           dd, ds, dz, static_cast<T*>(dk), static_cast<T*>(dv), dparams);
+    LAUNCH((nla_keys_kernel<T>), grid, kThreads, shared_bytes(x), stream, x, tiles, part, each, d, dd, ds, dz,
+           dparams);
   });
 }
 

@@ -24,16 +24,14 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   Bits* const values = keys + kMmaTile * width.ldf;  // [64][kStateLd]
   const std::int64_t head = blockIdx.y;
   const int column = static_cast<int>(blockIdx.z) * kStateColumns;
-  const Place at = locate(x, parts, x.keys);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.keys, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
-  Place inside = at;
-  inside.length = end;
   StateSums<kWide> sums(shared);
-  for (std::int64_t token = first; token < end; token += kMmaTile) {
+  for (std::int64_t token = first; token < at.length; token += kMmaTile) {
     __syncthreads();
-    make_features<false>(x, x.k, inside, token, head, x.sin != nullptr, width, keys, SumInto{sums.z});
-    load_values(x.v, inside, token, head, column, kStateColumns, width.v_dim, values, kStateLd);
+    make_features<false>(x, x.k, at, token, head, x.sin != nullptr, width, keys, SumInto{sums.z});
+    load_values(x.v, at, token, head, column, kStateColumns, width.v_dim, values, kStateLd);
     __syncthreads();
     sums.add(width, f, keys, values);
   }
@@ -43,8 +41,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
 
 template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, 2)
-    nla_forward_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                    Bits* o /* [batch, queries, Hq, dv] */) {
+    nla_forward_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z) {
   DYN_SHARED(float, shared);
   const Widths width(x);
   const Fragment f;
@@ -67,13 +64,14 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
     multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
     __syncthreads();
   }
+  const bool aligned = aligned_16(x.o);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = f.row + f.g + 8 * r;
     const std::int64_t token = first + row;
     if (token >= at.length) continue;
     const float d = tiles.d[row] + effective_eps(x, at, token);
-    Bits* const to = o + ((at.batch * x.queries + at.begin + token) * x.q_heads + head) * width.v_dim;
+    Bits* const to = row_of<Bits>(x.o, at, token, head);
 #pragma unroll
     for (int i = 0; i < 2 * kPairs<kWide>; ++i) {
       const int c = 16 * (f.half + i / 2 * 2) + i % 2 * 8 + 2 * f.t;
@@ -84,7 +82,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
         low *= a * sigmoid(a);
         high *= b * sigmoid(b);
       }
-      *reinterpret_cast<std::uint32_t*>(to + c) = pack(low, high, BF16{});
+      store_pair(to + c, low, high, aligned);
     }
   }
 }
@@ -108,12 +106,11 @@ void nla_mma_state(const Problem& x, NlaSlots parts, std::int64_t part, float* s
 }
 
 void nla_mma_forward(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                     void* o, void* stream) {
+                     void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
-  Bits* const to = static_cast<Bits*>(o);
   with_flags(x.v_dim > 64, s == nullptr, [&](auto wide, auto alone) {
     LAUNCH((nla_forward_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, Tiles::bytes(x, alone), stream,
-           x, tiles, part, each, s, z, to);
+           x, tiles, part, each, s, z);
   });
 }
 

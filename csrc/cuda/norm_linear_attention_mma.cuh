@@ -268,9 +268,7 @@ __device__ __forceinline__ int state_slot(const Problem& x, const Place& at, std
 __device__ __forceinline__ std::int64_t state_at(int slot, int size) { return static_cast<std::int64_t>(slot) * size; }
 
 __device__ __forceinline__ float gate_value(const Problem& x, const Place& at, std::int64_t token, std::int64_t head, int c) {
-  const Bits* const gate = static_cast<const Bits*>(x.gate.data);
-  const Bits bits = gate[at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c];
-  return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+  return widen(row_of<const Bits>(x.gate, at, token, head)[c]);
 }
 
 // run(wide, alone) with both as types. Alone is a kernel of its own, as both orders in one would spill.

@@ -11,14 +11,13 @@ namespace cuda {
 bool nla_mma_fits(const NormLinearAttention<float>& x);
 void nla_mma_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, float* s, float* z, void* stream);
 void nla_mma_forward(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
-                     const float* z, void* o, void* stream);
+                     const float* z, void* stream);
 void nla_mma_queries(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s,
-                     const float* z, const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream);
-void nla_mma_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d,
-                        const float* dd, float* ds, float* dz, void* stream);
-void nla_mma_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad,
-                  const float* d, const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams,
-                  void* stream);
+                     const float* z, float* d, float* dd, float* dparams, void* stream);
+void nla_mma_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::int64_t part, const float* d, const float* dd,
+                        float* ds, float* dz, void* stream);
+void nla_mma_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d,
+                  const float* dd, const float* ds, const float* dz, float* dparams, void* stream);
 
 }  // namespace cuda
 }  // namespace pyelastic

@@ -17,7 +17,7 @@ bool wide(const Problem& x) { return x.dim > 64 || x.v_dim > 64; }
 template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     nla_queries_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                    const Bits* grad, Bits* dq, Bits* dgate, float* d_out, float* dd_out, float* dparams) {
+                    float* d_out, float* dd_out, float* dparams) {
   DYN_SHARED(float, shared);
   const Widths width(x);
   const Fragment f;
@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     if (there) d_out[query_row(x, at, token, head)] = d;
   }
   __syncthreads();
-  make_gradient(x, grad, at, first, head, 0, width.ldv - 8, width.v_dim, tiles.side, width.ldv,
-                [&](int row, std::int64_t) { return tiles.d[row]; });
-  if (dgate != nullptr) {
+  make_gradient(x, at, first, head, 0, width.ldv - 8, width.v_dim, tiles.side, width.ldv,
+                [&](int row) { return tiles.d[row]; });
+  if (x.dgate.data != nullptr) {
     float out[kPairs<kWide>][2][4];
     clear(out);
     if (!kAlone) multiply_state(width, f, tiles, state, out);
@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
       const int c = 16 * (f.half + 2 * i) + 8 * tile + 2 * f.t + n % 2;
       const std::int64_t token = first + row;
       if (token >= at.length || c >= width.v_dim) continue;
-      const std::int64_t to = query_row(x, at, token, head) * width.v_dim + c;
       const float g = gate_value(x, at, token, head, c), sig = sigmoid(g);
-      const float up = __uint_as_float(static_cast<std::uint32_t>(grad[to]) << 16);
-      dgate[to] = static_cast<Bits>(pack(up * (out[i][tile][n % 4] / tiles.d[row]) * sig * (1.0f + g * (1.0f - sig)), 0.0f, BF16{}));
+      const float up = widen(row_of<const Bits>(x.o, at, token, head)[c]);
+      const float made = up * (out[i][tile][n % 4] / tiles.d[row]) * sig * (1.0f + g * (1.0f - sig));
+      row_of<Bits>(x.dgate, at, token, head)[c] = static_cast<Bits>(pack(made, 0.0f, BF16{}));
     }
   }
   Back<kWide> back;
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   __syncthreads();
   back.store(width, f, tiles.h);
   __syncthreads();
-  query_gradients(x, width, at, first, head, tiles, dq,
+  query_gradients(x, width, at, first, head, tiles,
                   dparams + (static_cast<std::int64_t>(blockIdx.x) * x.q_heads + head) * (is_pola(x.map) ? width.dim : 3));
 }
 
 template <bool kWide>
 __global__ void __launch_bounds__(kMmaThreads, 2)
-    nla_grad_state_mma(Problem x, NlaSlots parts, std::int64_t part, const Bits* grad, const float* d_in, const float* dd_in,
+    nla_grad_state_mma(Problem x, NlaSlots parts, std::int64_t part, const float* d_in, const float* dd_in,
                        float* ds /* [parts, Hq, 2 d, dv] */, float* dz /* [parts, Hq, 2 d] */) {
   DYN_SHARED(float, shared);
   const Widths width(x);
@@ -115,26 +115,24 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   Bits* const y = queries + kMmaTile * width.ldf;                        // [64][kStateLd]
   const std::int64_t head = blockIdx.y;
   const int column = static_cast<int>(blockIdx.z) * kStateColumns;
-  const Place at = locate(x, parts, x.queries);
-  const std::int64_t first = at.part * part, end = first + part < at.length ? first + part : at.length;
+  const Place at = locate_part(x, parts, x.queries, part);
+  const std::int64_t first = at.part * part;
   if (first >= at.length) return;
-  Place inside = at;
-  inside.length = end;
   StateSums<kWide> sums(shared);
-  for (std::int64_t token = first; token < end; token += kMmaTile) {
+  for (std::int64_t token = first; token < at.length; token += kMmaTile) {
     __syncthreads();
     const float* const dd = dd_in + query_row(x, at, token, head);
-    make_features<true>(x, x.q, inside, token, head, x.sin != nullptr, width, queries,
+    make_features<true>(x, x.q, at, token, head, x.sin != nullptr, width, queries,
                         [&](int row, int, const float(&upper)[8], const float(&lower)[8]) {
-                          const float scale = token + row < end ? dd[row * x.q_heads] : 0.0f;
+                          const float scale = token + row < at.length ? dd[row * x.q_heads] : 0.0f;
 #pragma unroll
                           for (int i = 0; i < 8; ++i) {
                             SumInto{shared}.at(i) += scale * upper[i];
                             SumInto{shared}.at(8 + i) += scale * lower[i];
                           }
                         });
-    make_gradient(x, grad, inside, token, head, column, kStateColumns, width.v_dim, y, kStateLd,
-                  [&](int, std::int64_t row) { return d_in[row]; });
+    const float* const d = d_in + query_row(x, at, token, head);
+    make_gradient(x, at, token, head, column, kStateColumns, width.v_dim, y, kStateLd, [&](int row) { return d[row * x.q_heads]; });
     __syncthreads();
     sums.add(width, f, queries, y);
   }
@@ -145,8 +143,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
 
 template <bool kWide, bool kAlone>
 __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
-    nla_keys_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const Bits* grad, const float* d_in,
-                 const float* dd_in, const float* ds, const float* dz, Bits* dk, Bits* dv, float* dparams) {
+    nla_keys_mma(Problem x, NlaSlots pieces, std::int64_t part, std::int64_t each, const float* d_in,
+                 const float* dd_in, const float* ds, const float* dz, float* dparams) {
   DYN_SHARED(float, shared);
   const Widths width(x);
   const Fragment f;
@@ -172,8 +170,9 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
     }
   };
   const auto make_y = [&](int head, std::int64_t other) {  // ends with a barrier
-    make_gradient(x, grad, met.at, other, head, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv,
-                  [&](int, std::int64_t row) { return d_in[row]; });
+    const float* const d = d_in + query_row(x, met.at, other, head);
+    make_gradient(x, met.at, other, head, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv,
+                  [&](int row) { return d[row * x.q_heads]; });
     __syncthreads();
   };
   make_features<false>(x, x.k, at, first, kv, rope, width, tiles.Tiles::own, NoLook{});
@@ -192,13 +191,17 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
       __syncthreads();
       multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
     });
+    const bool aligned = aligned_16(x.dv);
 #pragma unroll
-    for (int n = 0; n < 4 * kPairs<kWide>; ++n) {
-      const int i = n / 4, tile = n / 2 % 2, r = n % 2, c = 16 * (f.half + 2 * i) + 8 * tile + 2 * f.t;
+    for (int r = 0; r < 2; ++r) {
       const std::int64_t token = first + f.row + f.g + 8 * r;
-      if (token >= at.length || c >= width.v_dim) continue;
-      Bits* const to = dv + ((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * width.v_dim + c;
-      *reinterpret_cast<std::uint32_t*>(to) = pack(out[i][tile][2 * r], out[i][tile][2 * r + 1], BF16{});
+      if (token >= at.length) continue;
+      Bits* const to = row_of<Bits>(x.dv, at, token, kv);
+#pragma unroll
+      for (int n = 0; n < 2 * kPairs<kWide>; ++n) {
+        const int i = n / 2, tile = n % 2, c = 16 * (f.half + 2 * i) + 8 * tile + 2 * f.t;
+        if (c < width.v_dim) store_pair(to + c, out[i][tile][2 * r], out[i][tile][2 * r + 1], aligned);
+      }
     }
   }
   Back<kWide> back;
@@ -235,40 +238,38 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   __syncthreads();
   back.store(width, f, tiles.h);
   __syncthreads();
-  key_gradients(x, width, at, first, kv, tiles, dk,
+  key_gradients(x, width, at, first, kv, tiles,
                 dparams + (static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + kv) * width.dim);
 }
 
 }  // namespace
 
 void nla_mma_queries(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* s, const float* z,
-                     const void* grad, void* dq, void* dgate, float* d, float* dd, float* dparams, void* stream) {
+                     float* d, float* dd, float* dparams, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.q_heads));
   with_flags(wide(x), s == nullptr, [&](auto wide, auto alone) {
     LAUNCH((nla_queries_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, BackTiles::bytes(x, alone),
-           stream, x, tiles, part, each, s, z, static_cast<const Bits*>(grad), static_cast<Bits*>(dq),
-           static_cast<Bits*>(dgate), d, dd, dparams);
+           stream, x, tiles, part, each, s, z, d, dd, dparams);
   });
 }
 
-void nla_mma_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const void* grad, const float* d, const float* dd,
-                        float* ds, float* dz, void* stream) {
+void nla_mma_grad_state(const Problem& x, NlaSlots parts, std::int64_t part, const float* d, const float* dd, float* ds,
+                        float* dz, void* stream) {
   const dim3 grid(static_cast<unsigned>(parts.count), static_cast<unsigned>(x.q_heads),
                   static_cast<unsigned>((x.v_dim + kStateColumns - 1) / kStateColumns));
   const auto run = [&](auto wide) {
-    LAUNCH((nla_grad_state_mma<decltype(wide)::value>), grid, kMmaThreads, state_bytes(x), stream, x, parts, part,
-           static_cast<const Bits*>(grad), d, dd, ds, dz);
+    LAUNCH((nla_grad_state_mma<decltype(wide)::value>), grid, kMmaThreads, state_bytes(x), stream, x, parts, part, d, dd,
+           ds, dz);
   };
   x.dim > 64 ? run(std::true_type{}) : run(std::false_type{});
 }
 
-void nla_mma_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const void* grad, const float* d,
-                  const float* dd, const float* ds, const float* dz, void* dk, void* dv, float* dparams, void* stream) {
+void nla_mma_keys(const Problem& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d, const float* dd,
+                  const float* ds, const float* dz, float* dparams, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(x.kv_heads));
   with_flags(wide(x), ds == nullptr, [&](auto wide, auto alone) {
     LAUNCH((nla_keys_mma<decltype(wide)::value, decltype(alone)::value>), grid, kMmaThreads, BackTiles::bytes(x, alone),
-           stream, x, tiles, part, each, static_cast<const Bits*>(grad), d, dd, ds, dz, static_cast<Bits*>(dk),
-           static_cast<Bits*>(dv), dparams);
+           stream, x, tiles, part, each, d, dd, ds, dz, dparams);
   });
 }
 

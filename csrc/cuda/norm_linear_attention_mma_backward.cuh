@@ -8,39 +8,32 @@ namespace pyelastic {
 namespace cuda {
 namespace {
 
-// Rows of [batch, queries, q_heads].
-__device__ __forceinline__ std::int64_t query_row(const Problem& x, const Place& at, std::int64_t token, std::int64_t head) {
-  return (at.batch * x.queries + at.begin + token) * x.q_heads + head;
-}
-
-// Columns `column` .. + columns - 1 of the gradient before the gate over the denominators d_of(row, its row in memory), as `to`
+// Columns `column` .. + columns - 1 of the gradient before the gate over the denominators d_of(row), as `to`
 // [64][ld], zeros outside; columns: a multiple of 8. No barrier.
 template <class DOf>
-__device__ __forceinline__ void make_gradient(const Problem& x, const Bits* grad, const Place& at, std::int64_t first,
-                                              std::int64_t head, int column, int columns, int width, Bits* to, int ld, DOf d_of) {
-  const bool aligned = aligned_16(grad), gate_aligned = aligned_16(x.gate);
-  const Bits* const gate = static_cast<const Bits*>(x.gate.data);
-  const int each = columns / 8;
+__device__ __forceinline__ void make_gradient(const Problem& x, const Place& at, std::int64_t first, std::int64_t head, int column,
+                                              int columns, int width, Bits* to, int ld, DOf d_of) {
+  const bool aligned = aligned_16(x.o), gate_aligned = aligned_16(x.gate);
+  const Bits* const grad = row_of<const Bits>(x.o, at, first, head) + column;
+  const Bits* const gate = row_of<const Bits>(x.gate, at, first, head) + column;
+  const int each = columns / 8, rows = at.length - first < kMmaTile ? static_cast<int>(at.length - first) : kMmaTile;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kMmaTile * each; i += kMmaThreads) {
-    const int row = i / each, c = column + i % each * 8;
-    const std::int64_t token = first + row;
+    const int row = i / each, c = i % each * 8;
     float g[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    if (token < at.length && c < width) {
-      const std::int64_t from = query_row(x, at, token, head);
-      widen(load_eight(grad + from * width + c, aligned), g);
-      if (gate != nullptr) {
+    if (row < rows && column + c < width) {
+      widen(load_eight(grad + row * x.o.token + c, aligned), g);
+      if (x.gate.data != nullptr) {
         float s[8];
-        widen(load_eight(gate + at.batch * x.gate.batch + (at.begin + token) * x.gate.token + head * x.gate.head + c, gate_aligned),
-              s);
+        widen(load_eight(gate + row * x.gate.token + c, gate_aligned), s);
 #pragma unroll
         for (int e = 0; e < 8; ++e) g[e] *= s[e] * sigmoid(s[e]);
       }
-      const float inverse = 1.0f / d_of(row, from);
+      const float inverse = 1.0f / d_of(row);
 #pragma unroll
       for (int e = 0; e < 8; ++e) g[e] *= inverse;
     }
-    *reinterpret_cast<Eight*>(to + row * ld + i % each * 8) = round_eight(g);
+    *reinterpret_cast<Eight*>(to + row * ld + c) = round_eight(g);
   }
 }
 
@@ -238,33 +231,44 @@ struct BackTiles : Tiles {
   }
 };
 
-// The eight channels c .. of a row's h [64][features + 4], of both halves.
-__device__ __forceinline__ void load_gradients(const float* h, const Widths& width, int row, int c, float (&upper)[8],
-                                               float (&lower)[8]) {
-  const float* const from = h + row * (width.features + 4) + c;
+// What a thread takes of a row of q or k to make its gradient: channels c .. c + 7, and the gradients of their features in h
+// [64][features + 4]. Zeros where there are none.
+struct Channels {
+  const Bits* data;  // of token 0
+  std::int64_t stride;
+  bool aligned;
+  __device__ Channels(const HeadsView& x, const Place& at, std::int64_t head, int c)
+      : data(static_cast<const Bits*>(x.data) + at.batch * x.batch + head * x.head + c), stride(x.token), aligned(aligned_16(x)) {}
+
+  __device__ __forceinline__ void load(const Place& at, std::int64_t first, int row, int c, const float* h, const Widths& width,
+                                       float (&v)[8], float (&upper)[8], float (&lower)[8]) const {
+    const std::int64_t token = first + row;
+    const bool there = c < width.dim;
+    Eight raw{};
+    if (there && token < at.length) raw = load_eight(data + (at.begin + token) * stride, aligned);
+    widen(raw, v);
+    const float* const from = h + row * (width.features + 4) + c;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    upper[i] = c < width.dim ? from[i] : 0.0f;
-    lower[i] = c < width.dim ? from[width.dim + i] : 0.0f;
+    for (int i = 0; i < 8; ++i) {
+      upper[i] = there ? from[i] : 0.0f;
+      lower[i] = there ? from[width.dim + i] : 0.0f;
+    }
   }
-}
+};
 
 // dq of a tile, and its part of the parameters' gradients, from the features' gradients in tiles.h.
 __device__ __forceinline__ void query_gradients(const Problem& x, const Widths& width, const Place& at, std::int64_t first,
-                                                std::int64_t head, const BackTiles& tiles, Bits* dq, float* dparams) {
+                                                std::int64_t head, const BackTiles& tiles, float* dparams) {
   const int n = sharers(width.dim), c = static_cast<int>(threadIdx.x) % n * 8;
-  const bool pola = is_pola(x.map), aligned = aligned_16(x.q);
-  const Bits* const data = static_cast<const Bits*>(x.q.data) + at.batch * x.q.batch + head * x.q.head + c;
+  const bool pola = is_pola(x.map), aligned = aligned_16(x.dq);
+  const Channels rows(x.q, at, head, c);
   float powers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / n; row < kMmaTile; row += kMmaThreads / n) {
     const std::int64_t token = first + row;
     const bool there = token < at.length;
-    Eight raw{};
-    if (there && c < width.dim) raw = load_eight(data + (at.begin + token) * x.q.token, aligned);
     float v[8], upper[8], lower[8], w[8], e[8], turned[8];
-    widen(raw, v);
-    load_gradients(tiles.h, width, row, c, upper, lower);
+    rows.load(at, first, row, c, tiles.h, width, v, upper, lower);
     if (pola) {
       if (c >= width.dim) continue;
 #pragma unroll
@@ -303,9 +307,7 @@ __device__ __forceinline__ void query_gradients(const Problem& x, const Widths& 
         tiles.own[2 * kMmaTile + row] = there ? sum_p * lam * of.r * of.slope : 0.0f;
       }
     }
-    if (there && c < width.dim) {
-      *reinterpret_cast<Eight*>(dq + query_row(x, at, token, head) * width.dim + c) = round_eight(e);
-    }
+    if (there && c < width.dim) store_eight(row_of<Bits>(x.dq, at, token, head) + c, e, aligned);
   }
   if (pola) return store_powers(width, powers, tiles.h, dparams);
   __syncthreads();
@@ -318,20 +320,17 @@ __device__ __forceinline__ void query_gradients(const Problem& x, const Widths& 
 
 // dk of a tile and, of powers, its part of their gradients.
 __device__ __forceinline__ void key_gradients(const Problem& x, const Widths& width, const Place& at, std::int64_t first,
-                                              std::int64_t kv, const BackTiles& tiles, Bits* dk, float* dparams) {
+                                              std::int64_t kv, const BackTiles& tiles, float* dparams) {
   const int n = sharers(width.dim), c = static_cast<int>(threadIdx.x) % n * 8;
-  const bool pola = is_pola(x.map), aligned = aligned_16(x.k), cube = !pola && x.key_power == 3.0f;
-  const Bits* const data = static_cast<const Bits*>(x.k.data) + at.batch * x.k.batch + kv * x.k.head + c;
+  const bool pola = is_pola(x.map), aligned = aligned_16(x.dk), cube = !pola && x.key_power == 3.0f;
+  const Channels rows(x.k, at, kv, c);
   float powers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / n; row < kMmaTile; row += kMmaThreads / n) {
     const std::int64_t token = first + row;
     const bool there = token < at.length;
-    Eight raw{};
-    if (there && c < width.dim) raw = load_eight(data + (at.begin + token) * x.k.token, aligned);
     float v[8], upper[8], lower[8], m[8], e[8], turned[8], along = 0;
-    widen(raw, v);
-    load_gradients(tiles.h, width, row, c, upper, lower);
+    rows.load(at, first, row, c, tiles.h, width, v, upper, lower);
     const Norm of = x.map == FeatureMap::cosine ? norm_of<false>(x, kv, v, n) : Norm{};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -353,7 +352,7 @@ __device__ __forceinline__ void key_gradients(const Problem& x, const Widths& wi
       const float slope = cube ? 3.0f * a * v[i] : (v[i] == 0.0f ? 0.0f : p * copysignf(exp2f((p - 1.0f) * log2f(a)), v[i]));
       e[i] = slope * e[i] + (turned[i] - v[i] * along) * of.inverse;
     }
-    *reinterpret_cast<Eight*>(dk + ((at.batch * x.keys + at.begin + token) * x.kv_heads + kv) * width.dim + c) = round_eight(e);
+    store_eight(row_of<Bits>(x.dk, at, token, kv) + c, e, aligned);
   }
   if (pola) store_powers(width, powers, tiles.h, dparams);
 }

@@ -57,6 +57,7 @@ __device__ __forceinline__ Eight load_eight(const Bits* from, bool aligned) {
   return x;
 }
 
+__device__ __forceinline__ float widen(Bits x) { return __uint_as_float(static_cast<std::uint32_t>(x) << 16); }
 __device__ __forceinline__ void widen(const Eight& x, float (&to)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -70,6 +71,26 @@ __device__ __forceinline__ Eight round_eight(const float (&x)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) y.pair[i] = pack(x[2 * i], x[2 * i + 1], BF16{});
   return y;
+}
+
+// Eight neighbouring elements, or two, rounded; one by one where they are not `aligned`.
+__device__ __forceinline__ void store_eight(Bits* to, const float (&x)[8], bool aligned) {
+  const Eight y = round_eight(x);
+  if (aligned) {
+    *reinterpret_cast<Eight*>(to) = y;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = static_cast<Bits>(y.pair[i / 2] >> i % 2 * 16);
+}
+__device__ __forceinline__ void store_pair(Bits* to, float low, float high, bool aligned) {
+  const std::uint32_t pair = pack(low, high, BF16{});
+  if (aligned) {
+    *reinterpret_cast<std::uint32_t*>(to) = pair;
+    return;
+  }
+  to[0] = static_cast<Bits>(pair);
+  to[1] = static_cast<Bits>(pair >> 16);
 }
 
 // Threads that share a row of `width` elements, eight each: a power of two up to 16.

@@ -29,6 +29,26 @@ __device__ __forceinline__ Place locate(const Problem& x, const NlaSlots& s, std
   return {sequence, s.place[program], 0, begin, x.offsets[sequence + 1] - begin};
 }
 
+// Of a block's part of `part` tokens, from token at.part * part of the sequence on, with the part's end as the length: a part
+// that begins there or after it has no tokens.
+__device__ __forceinline__ Place locate_part(const Problem& x, const NlaSlots& s, std::int64_t tokens, std::int64_t part) {
+  Place at = locate(x, s, tokens);
+  const std::int64_t end = (at.part + 1) * part;
+  at.length = end < at.length ? end : at.length;
+  return at;
+}
+
+// A token's row of a head.
+template <class T>
+__device__ __forceinline__ T* row_of(const HeadsView& x, const Place& at, std::int64_t token, std::int64_t head) {
+  return static_cast<T*>(x.data) + at.batch * x.batch + (at.begin + token) * x.token + head * x.head;
+}
+
+// A query's row of [batch * queries, q_heads].
+__device__ __forceinline__ std::int64_t query_row(const Problem& x, const Place& at, std::int64_t token, std::int64_t head) {
+  return (at.batch * x.queries + at.begin + token) * x.q_heads + head;
+}
+
 // Place of a sequence's first part among all, for parts of `part` tokens.
 __device__ __forceinline__ std::int64_t first_part(const Problem& x, std::int64_t sequence, std::int64_t part,
                                                    std::int64_t each) {

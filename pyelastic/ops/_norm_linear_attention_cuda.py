@@ -40,16 +40,22 @@ class _Problem(gpu.GpuProblem):
         self.call("scan", tokens, self.part, each, width, initial, self.x.causal, reverse, parts, total)
 
     def run_forward(self, pieces: Pieces, read: Read, o: Tensor) -> None:
-        self.call("forward", self.places(pieces), self.part, self.parts_of(self.m), *read, o)
+        self.problem = self.x.problem(o)
+        self.call("forward", self.places(pieces), self.part, self.parts_of(self.m), *read)
 
     def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
-        self.call("queries", self.places(pieces), self.part, self.parts_of(self.m), *read, *tensors)
+        grad, dq, dgate, *results = tensors
+        self.problem = self.x.problem(grad, (dq, None, None, dgate))
+        self.call("queries", self.places(pieces), self.part, self.parts_of(self.m), *read, *results)
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
-        self.call("grad_state", self.places(pieces), self.part, grad, d, dd, last, *parts)
+        self.problem = self.x.problem(grad)
+        self.call("grad_state", self.places(pieces), self.part, d, dd, last, *parts)
 
     def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
-        self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), *tensors)
+        grad, d, dd, ds, dz, dk, dv, dpowers = tensors
+        self.problem = self.x.problem(grad, (None, dk, dv, None))
+        self.call("keys", self.places(pieces), self.part, self.parts_of(self.n), d, dd, ds, dz, dpowers)
 
 
 # The raw ops' implementations.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyelastic.eager.norm_linear_attention import MALA
-from pyelastic.ops._norm_linear_attention import Inputs
+from pyelastic.ops._norm_linear_attention import Inputs, empty_like, last_contiguous
 
 WIDEST = 128  # of d and dv
 CHUNK = 128  # tokens of a part in the causal form
@@ -158,7 +158,7 @@ class GpuProblem:
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         read: Read
         read, whole = ((None, None), (self.empty(0), self.empty(0))) if self.alone else self.states()
-        o = self.empty(*self.x.output_shape(), dtype=self.x.q.dtype)
+        o = self.x.empty_output()
         if o.numel():
             self.run_forward(self.pieces(self.n, self.tile), read, o)
         return o, *self.narrowed(whole)
@@ -183,9 +183,9 @@ class GpuProblem:
         if not self.alone:
             read = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
         dtype = x.q.dtype
-        grad = grad.contiguous()
-        dq, dk, dv = (self.empty(*t.shape, dtype=dtype) for t in (x.q, x.k, x.v))
-        dgate = self.empty(*x.output_shape(), dtype=dtype) if x.gate is not None else self.empty(0, dtype=dtype)
+        grad = last_contiguous(grad)
+        dq, dk, dv = (empty_like(t, t.shape[3]) for t in (x.q, x.k, x.v))
+        dgate = empty_like(x.gate, self.dv) if x.gate is not None else self.empty(0, dtype=dtype)
         rows = self.batch * self.n
         d, dd = self.empty(rows, self.heads), self.empty(rows, self.heads)
         tiles = self.pieces(self.n, self.tile)

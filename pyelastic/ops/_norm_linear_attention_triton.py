@@ -63,8 +63,8 @@ class _Forward(gpu.GpuProblem):
         x = self.x
         return tuple(map(self.tensor, (x.params, x.sin, x.cos, x.start)))
 
-    def strides(self, *tensors: Tensor) -> list[int]:
-        return [s for t in tensors for s in t.stride()[:3]]
+    def strides(self, *tensors: Tensor | None) -> list[int]:
+        return [s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()[:3])]
 
     def run_state(self, pieces: Pieces, parts: Pair) -> None:
         x = self.x
@@ -87,16 +87,17 @@ class _Forward(gpu.GpuProblem):
         x = self.x
         self.forward_kernels.forward[(pieces.total, self.heads, self.columns)](
             x.q, x.k, x.v, self.gate, o, *self.tables, self.tensor(x.count0), *self.places(pieces),
-            *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m, pieces.each,
+            *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate, o), self.n, self.m, pieces.each,
             self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps, x.norm_eps,
             **self.common, **self.cube, **self.gated, **self.flags,
         )  # fmt: skip
 
     def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
         x = self.x
+        strides = self.strides(x.q, x.k, x.v, self.gate, *tensors[:3])  # of grad, dq and dgate
         self.backward_kernels.grad_queries[(pieces.total, self.heads)](
             x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, self.tensor(x.count0),
-            *self.places(pieces), *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate), self.n, self.m,
+            *self.places(pieces), *map(self.tensor, read), *strides, self.n, self.m,
             pieces.each, self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps,
             x.norm_eps, **self.common, **self.cube, **self.gated, **self.flags,
         )  # fmt: skip
@@ -105,15 +106,16 @@ class _Forward(gpu.GpuProblem):
         x = self.x
         self.backward_kernels.grad_state[(pieces.total, self.heads, self.columns)](
             x.q, self.gate, grad, d, dd, last, *parts, *self.tables, *self.places(pieces),
-            *self.strides(x.q, self.gate), self.n, pieces.each, self.heads, x.alpha, x.norm_eps, **self.common,
+            *self.strides(x.q, self.gate, grad), self.n, pieces.each, self.heads, x.alpha, x.norm_eps, **self.common,
             **self.gated,
         )  # fmt: skip
 
     def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
         x = self.x
+        strides = self.strides(x.q, x.k, x.v, self.gate, tensors[0], *tensors[5:7])  # of grad, dk and dv
         self.backward_kernels.grad_keys[(pieces.total, self.kv_heads)](
             x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, *self.places(pieces),
-            *self.strides(x.q, x.k, x.v, self.gate), self.m, self.n, pieces.each, self.parts_of(self.n), self.heads,
+            *strides, self.m, self.n, pieces.each, self.parts_of(self.n), self.heads,
             self.heads // self.kv_heads, x.key_power, x.alpha, x.norm_eps, **self.common, **self.cube, **self.gated,
             **self.meet,
         )  # fmt: skip

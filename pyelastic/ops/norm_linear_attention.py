@@ -205,23 +205,22 @@ ROWS = (0, 1, 2, 4)  # q, k, v and the gate
 def _fake_forward(launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
     x = Inputs(*arguments)
     s, z = ((0,), (0,)) if launcher.quadratic(x) else x.state_shapes()
-    o = x.empty_output() if launcher is cpu else x.q.new_empty(x.output_shape())
-    return o, x.q.new_empty(s, dtype=x.dtype), x.q.new_empty(z, dtype=x.dtype)
+    return x.empty_output(), x.q.new_empty(s, dtype=x.dtype), x.q.new_empty(z, dtype=x.dtype)
 
 
-def _fake_backward(launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     def made(place: int, need: bool) -> Tensor:
         x: Tensor | None = arguments[place]
         if x is None or not need:
             return arguments[0].new_empty(0)
-        return empty_like(x, x.shape[3]) if place in ROWS and launcher is cpu else x.new_empty(x.shape)
+        return empty_like(x, x.shape[3]) if place in ROWS else x.new_empty(x.shape)
 
     return tuple(map(made, DIFFERENTIABLE, arguments[-1]))
 
 
 def _fake_step(*arguments: Any) -> Tensor:
     q, v = arguments[0], arguments[2]
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return empty_like(q, v.shape[-1])
 
 
 # A launcher has forward and backward, as the schemas, quadratic(inputs), whether these make no states, and
@@ -244,7 +243,7 @@ def _define(name: str, launcher: Any) -> tuple[Any, Any, Any]:
 
     return (
         _library.define(f"{OP}_fwd", name, FORWARD, launcher.forward, partial(_fake_forward, launcher)),
-        _library.define(f"{OP}_bwd", name, BACKWARD, launcher.backward, partial(_fake_backward, launcher)),
+        _library.define(f"{OP}_bwd", name, BACKWARD, launcher.backward, _fake_backward),
         _library.define(f"{OP}_step", name, STEP, step, _fake_step),
     )
 

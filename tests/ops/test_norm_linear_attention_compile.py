@@ -113,6 +113,29 @@ def test_opcheck(backend: str, causal: bool, packed: bool) -> None:
         torch.library.opcheck(step, given, test_utils=("test_schema", "test_faketensor"))
 
 
+@over_kernels
+@pytest.mark.parametrize("final", (False, True))
+def test_fakes_know_the_order_of_results(backend: str, final: bool) -> None:
+    """Heads first, and a gradient of another order: the strides of the fakes are those of the kernels."""
+    device = backends.device_of(backend)
+    case = make(2, 5, gate=True, causal=True, heads=4, kv_heads=2)
+    assert case.gate is not None
+    rows = (case.q, case.k, case.v, case.gate)
+    q, k, v, gate = (x.to(device).transpose(1, 2).contiguous().transpose(1, 2) for x in rows)
+    params = torch.tensor([[3.0] * 4, [0.5] * 4, [1.0] * 4], device=device)
+    scalars = (0, False, True, True, 3.0, 20.0, 1e-6, 1e-6)
+    given = (q, k, v, params, gate, *(None,) * 7, *scalars, final)
+    forward, backward, step = op.OPS[backend]
+    torch.library.opcheck(forward, given, test_utils="test_faketensor")
+    o, s, z = forward(*given)
+    grad = torch.ones(o.shape, device=device)
+    arguments = (*given, s, z, grad, None, None, (True,) * 5 + (False,) * 2)
+    torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
+    state = empty_state(2, 2, 6, 5, device=device)
+    given = (q, k, v, params, gate, None, None, state.tokens, state.s, state.z, 0, False, True, *scalars[4:])
+    torch.library.opcheck(step, given, test_utils="test_faketensor")
+
+
 @over_backends
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:

@@ -9,9 +9,11 @@ import backends
 import pytest
 import torch
 from norm_linear_attention_cases import OP, Case, call, calls_of, compare, make, upstream_of
+from torch import Tensor
 
 import pyelastic
 from pyelastic import _extension
+from pyelastic.ops import _norm_linear_attention as problem
 from pyelastic.ops import _norm_linear_attention_cuda as launcher
 from pyelastic.ops import _norm_linear_attention_gpu as gpu
 
@@ -111,6 +113,31 @@ def test_tensor_cores_polaformer(d: int, causal: bool) -> None:
     for rounded, exact in zip(*found, strict=True):
         error = (rounded.float() - exact).norm() / exact.norm()
         assert 0 < error < 1e-2
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("final", (False, True))
+@pytest.mark.parametrize(("d", "dv"), [(6, 5), (8, 24), (72, 16)])
+def test_results_go_where_their_views_lie(
+    d: int, dv: int, final: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """o and gradients in rows on odd addresses, an odd number of elements apart, and nothing beside them."""
+    rooms = []
+
+    def odd(x: Tensor, width: int) -> Tensor:
+        batch, tokens, heads, _ = x.shape
+        rooms.append(torch.full((batch, tokens + 1, heads, width + 3), torch.nan, dtype=x.dtype, device=x.device))
+        return rooms[-1][:, 1:, :, 1 : 1 + width]
+
+    monkeypatch.setattr(problem, "empty_like", odd)
+    monkeypatch.setattr(gpu, "empty_like", odd)
+    case = make(2, 70, d=d, dv=dv, heads=2, kv_heads=1, causal=causal, gate=True, dtype=torch.bfloat16)
+    compare("cuda", case, final=final)
+    assert len(rooms) == 5
+    for room in rooms:
+        inside = room[:, 1:, :, 1:-2]
+        assert inside.isfinite().all()
+        assert room.isnan().sum() == room.numel() - inside.numel()
 
 
 @pytest.fixture

@@ -16,12 +16,15 @@ from norm_linear_attention_cases import (
     compare,
     make,
     over_backends,
+    over_kernels,
     upstream_of,
 )
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import pyelastic
+from pyelastic.ops import _norm_linear_attention_gpu as gpu
+from pyelastic.ops import norm_linear_attention as op
 
 KINDS = ("contiguous", "packed", "heads first", "last first", "sliced", "offset", "expanded")
 
@@ -56,6 +59,17 @@ def test_layouts(backend: str, q: str, k: str, v: str, g: str, causal: bool) -> 
     compare(backend, laid, upstream={"o": lay(upstream_of(case)["o"], g)})
 
 
+@over_kernels
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_of_bfloat16(backend: str, kind: str, causal: bool) -> None:
+    """Widths that tensor cores take; rows of every tensor and of the gradient on 16 bytes, or not."""
+    case = make(2, 20, d=8, dv=24, heads=4, kv_heads=2, gate=True, causal=causal, rope="num", dtype=torch.bfloat16)
+    assert case.gate is not None
+    laid = case.having(q=lay(case.q, kind), k=lay(case.k, kind), v=lay(case.v, kind), gate=lay(case.gate, kind))
+    compare(backend, laid, upstream={"o": lay(upstream_of(case)["o"], kind)}, final=causal)
+
+
 @over_backends
 def test_heads_before_tokens(backend: str) -> None:
     case = make(2, 5, gate=True, heads=4, kv_heads=2)
@@ -81,6 +95,83 @@ def test_a_packed_projection_is_not_copied(backend: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(launcher, "last_contiguous", spy)
     pyelastic.norm_linear_attention(*qkv.unbind(2), backend=backend)
     assert len(seen) >= 3 and all(seen)
+
+
+@over_kernels
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("n", (20, 150))
+def test_heads_first_stay_heads_first(backend: str, n: int, causal: bool) -> None:
+    """o and gradients lie as q, k, v and the gate do, with the bits of the other order."""
+    case = make(2, n, heads=4, kv_heads=2, d=16, dv=8, gate=True, rope="num", causal=causal)
+    assert case.tables is not None and case.gate is not None
+    device = backends.device_of(backend)
+    tables = tuple(t.to(device) for t in case.tables)
+    found = {}
+    for layout in ("bhnd", "bnhd"):
+        given = {name: getattr(case, name).to(device) for name in ("q", "k", "v", "gate")}
+        if layout == "bhnd":
+            given = {name: x.transpose(1, 2).contiguous() for name, x in given.items()}
+        leaves = {name: x.requires_grad_() for name, x in given.items()}
+        how = {"rope": "num", "rope_tables": tables, "causal": causal, "layout": layout, "backend": backend}
+        o = pyelastic.norm_linear_attention(**leaves, **how)
+        assert isinstance(o, Tensor)
+        upstream = upstream_of(case)["o"].to(device)
+        upstream = upstream.transpose(1, 2).contiguous() if layout == "bhnd" else upstream
+        made = (o, *torch.autograd.grad(o, tuple(leaves.values()), upstream))
+        assert all(x.is_contiguous() for x in made), layout
+        found[layout] = [x.detach().transpose(1, 2) if layout == "bhnd" else x.detach() for x in made]
+    for a, b in zip(*found.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def shuffled(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x with its dimensions in memory in that order."""
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return x.detach().permute(order).contiguous().permute(back)
+
+
+@over_kernels
+@pytest.mark.parametrize(("causal", "packed"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_each_tensor_has_an_order_of_its_own(
+    backend: str, dtype: torch.dtype, causal: bool, packed: bool
+) -> None:
+    """q, v and the gradient heads first, k tokens first, a gate with batches inside: each result as its own tensor."""
+    lengths = (5, 0, 17) if packed else None
+    case = make(2, 22, heads=4, kv_heads=2, d=8, dv=6, gate=True, dtype=dtype, causal=causal, lengths=lengths)
+    assert case.gate is not None
+    first, inside = (0, 2, 1, 3), (2, 1, 0, 3)
+    laid = case.having(
+        q=shuffled(case.q, first), v=shuffled(case.v, first), gate=shuffled(case.gate, inside)
+    )
+    upstream = {"o": shuffled(upstream_of(case)["o"], first)}
+    compare(backend, laid, upstream=upstream)
+    made, leaves = call(backend, laid, final=False)
+    gradients = torch.autograd.grad(made["o"], tuple(leaves.values()), upstream["o"].to(made["o"].device))
+    for of, result in (("q", made["o"]), *zip(leaves, gradients, strict=True)):
+        in_order = result if of == "k" else result.transpose(1, 2)
+        assert in_order.is_contiguous(), (of, result.stride())
+
+
+@over_kernels
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_a_strided_gradient_is_not_copied(
+    backend: str, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(2, 9, causal=True)
+    upstream = shuffled(upstream_of(case)["o"], order)
+    seen = []
+    module = op.LAUNCHERS[backend] if backend == "cpu" else gpu
+    original = module.last_contiguous
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(original(x) is x and x.stride() == upstream.stride())
+        return original(x)
+
+    monkeypatch.setattr(module, "last_contiguous", spy)
+    made, _ = call(backend, case)
+    made["o"].backward(upstream.to(made["o"].device))
+    assert seen == [True]
 
 
 CHECKED: tuple[dict[str, Any], ...] = (
