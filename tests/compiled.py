@@ -51,7 +51,7 @@ def resources(path: str) -> dict[str, dict[str, int]]:
 
 def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     """Figures of one kernel: request = {kernel: "module:name", signature, constants, arch, warps, stages,
-    multiples_of_16}."""
+    multiples_of_16, maxnreg or none}."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,6 +69,8 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": request["warps"], "num_stages": request["stages"]}
+    if "maxnreg" in request:
+        options["maxnreg"] = request["maxnreg"]
     made = triton.compile(source, target=GPUTarget("cuda", request["arch"], 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -9,6 +9,7 @@ import compiled
 
 MODULE = "pyelastic.triton_kernels.norm_linear_attention"
 STRIDES = [f"s_{x}{y}" for x in (*"qkvgo", "dq", "dk", "dv", "dg") for y in "bnh"]
+LIMITED = ("forward", "grad_queries")
 
 
 def _signature(dtype: str) -> dict[str, str]:
@@ -36,6 +37,9 @@ def requests() -> dict[str, dict[str, Any]]:
                 "constants": {k: v for k, v in constants.items() if k in known}, "arch": arch,
                 "multiples_of_16": STRIDES, "warps": forward.WARPS, "stages": 1,
             }  # fmt: skip
+            # as the launcher does
+            if constants.get("CAUSAL") if kernel == "grad_keys" else dtype == "fp32" and kernel in LIMITED:
+                found[f"triton norm_linear_attention {name} (sm_{arch})"]["maxnreg"] = forward.REGISTERS
 
     for dtype in ("bf16", "fp32"):
         precision = "bf16" if dtype == "bf16" else "tf32x3"

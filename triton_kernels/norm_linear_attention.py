@@ -21,10 +21,24 @@ import triton
 import triton.language as tl
 
 from .norm_linear_attention_mala import elu_features, first_pair, readout
+from .norm_linear_attention_tiles import (
+    dot,
+    four_of,
+    load_pairs,
+    load_state,
+    load_sums,
+    load_tile,
+    load_values,
+    meeting,
+    store_state,
+    store_sums,
+    tile_of,
+    weights_of,
+)
 
 # (operand bits, width of the head up to) -> (tokens of a tile, columns of the values at a time), of the forward pass
-# and of the backward pass; 8 warps. Chosen by compiling for sm_80, sm_90 and sm_100 (tests/test_kernel_budget.py, which
-# names what spills); not yet measured on a GPU.
+# and of the backward pass; 8 warps. Chosen by compiling for sm_80, sm_90 and sm_100, where no request of
+# tests/norm_linear_attention_budget.py spills; not yet measured on a GPU.
 NORM_LINEAR_ATTENTION_CONFIGS = {
     (16, 32): ((32, 32), (16, 32)),
     (16, 64): ((32, 64), (16, 32)),
@@ -34,6 +48,7 @@ NORM_LINEAR_ATTENTION_CONFIGS = {
     (32, 128): ((16, 32), (16, 32)),
 }
 WARPS = 8
+REGISTERS = 255  # at most, of float32 `forward` and `grad_queries`, and of causal `grad_keys`
 SCAN_BLOCK = 1024
 SIZES = (
     "N", "keys", "queries", "parts", "tiles", "first_tile", "group", "width", "key_power", "alpha", "eps", "norm_eps",
@@ -44,15 +59,6 @@ COSINE = tl.constexpr(1)
 POLA = tl.constexpr(2)
 OPPOSITE = tl.constexpr(3)
 MALA = tl.constexpr(4)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "bf16":
-        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -92,15 +98,6 @@ def by_sign(x, w):
 def norm_of(even, odd, norm_eps):
     square = tl.sum(even * even + odd * odd, axis=1) + norm_eps * norm_eps
     return tl.sqrt(tl.where(square == 0, 1.0, square))
-
-
-@triton.jit
-def load_pairs(p_x, o_token, m_token, s_token, o_pair, D: tl.constexpr):
-    """Even and odd channels [tokens, pairs] in float32; zeros outside."""
-    at = p_x + o_token[:, None] * s_token + 2 * o_pair[None, :]
-    even = tl.load(at, mask=m_token[:, None] & (2 * o_pair < D)[None, :], other=0.0).to(tl.float32)
-    odd = tl.load(at + 1, mask=m_token[:, None] & (2 * o_pair + 1 < D)[None, :], other=0.0).to(tl.float32)
-    return even, odd
 
 
 @triton.jit
@@ -213,59 +210,6 @@ def first_part(p_offsets, sequence, parts, CHUNK_: tl.constexpr, PACKED: tl.cons
     return tl.load(p_offsets + sequence) // CHUNK_ + sequence if PACKED else sequence * parts
 
 
-@triton.jit
-def load_state(p_s, o_pair, o_v, D: tl.constexpr, DV: tl.constexpr):
-    """Rows of the four tiles [pairs, values] of a state at p_s."""
-    m_v = (o_v < DV)[None, :]
-    at = p_s + (2 * o_pair)[:, None] * DV + o_v[None, :]
-    m_even, m_odd = (2 * o_pair < D)[:, None] & m_v, (2 * o_pair + 1 < D)[:, None] & m_v
-    ue = tl.load(at, mask=m_even, other=0.0)
-    uo = tl.load(at + DV, mask=m_odd, other=0.0)
-    le = tl.load(at + D * DV, mask=m_even, other=0.0)
-    lo = tl.load(at + (D + 1) * DV, mask=m_odd, other=0.0)
-    return ue, uo, le, lo
-
-
-@triton.jit
-def store_state(p_s, ue, uo, le, lo, o_pair, o_v, D: tl.constexpr, DV: tl.constexpr):
-    m_v = (o_v < DV)[None, :]
-    at = p_s + (2 * o_pair)[:, None] * DV + o_v[None, :]
-    m_even, m_odd = (2 * o_pair < D)[:, None] & m_v, (2 * o_pair + 1 < D)[:, None] & m_v
-    tl.store(at, ue, mask=m_even)
-    tl.store(at + DV, uo, mask=m_odd)
-    tl.store(at + D * DV, le, mask=m_even)
-    tl.store(at + (D + 1) * DV, lo, mask=m_odd)
-
-
-@triton.jit
-def load_sums(p_z, o_pair, D: tl.constexpr):
-    """The four parts [pairs] of z."""
-    m_even, m_odd = 2 * o_pair < D, 2 * o_pair + 1 < D
-    at = p_z + 2 * o_pair
-    return (
-        tl.load(at, mask=m_even, other=0.0),
-        tl.load(at + 1, mask=m_odd, other=0.0),
-        tl.load(at + D, mask=m_even, other=0.0),
-        tl.load(at + D + 1, mask=m_odd, other=0.0),
-    )
-
-
-@triton.jit
-def store_sums(p_z, ue, uo, le, lo, o_pair, D: tl.constexpr):
-    m_even, m_odd = 2 * o_pair < D, 2 * o_pair + 1 < D
-    at = p_z + 2 * o_pair
-    tl.store(at, ue, mask=m_even)
-    tl.store(at + 1, uo, mask=m_odd)
-    tl.store(at + D, le, mask=m_even)
-    tl.store(at + D + 1, lo, mask=m_odd)
-
-
-@triton.jit
-def load_values(p_v, o_token, m_token, s_token, o_v, DV: tl.constexpr):
-    at = p_v + o_token[:, None] * s_token + o_v[None, :]
-    return tl.load(at, mask=m_token[:, None] & (o_v < DV)[None, :], other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def state(
     p_k, p_v,  # [B, N, Hk, D], [B, N, Hk, DV]
@@ -352,33 +296,6 @@ def scan(
 
 
 @triton.jit
-def add_sums(w_ue, w_uo, w_le, w_lo, allowed, ue, uo, le, lo, PRECISION: tl.constexpr):
-    """Running sums of features up to each row; `allowed` holds zeros and ones."""
-    w_ue = dot(allowed, ue, w_ue, PRECISION)
-    w_uo = dot(allowed, uo, w_uo, PRECISION)
-    w_le = dot(allowed, le, w_le, PRECISION)
-    w_lo = dot(allowed, lo, w_lo, PRECISION)
-    return w_ue, w_uo, w_le, w_lo
-
-
-@triton.jit
-def weights_of(q_ue, q_uo, q_le, q_lo, k_ue, k_uo, k_le, k_lo, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """phi_q phi_k^T [BT, BT]."""
-    w = tl.zeros([BT, BT], tl.float32)
-    w = dot(q_ue, tl.trans(k_ue), w, PRECISION)
-    w = dot(q_uo, tl.trans(k_uo), w, PRECISION)
-    w = dot(q_le, tl.trans(k_le), w, PRECISION)
-    w = dot(q_lo, tl.trans(k_lo), w, PRECISION)
-    return w
-
-
-@triton.jit
-def meeting(w, key, query, CAUSAL: tl.constexpr):
-    """w where the key is not after the query."""
-    return tl.where(key <= query, w, 0.0) if CAUSAL else w
-
-
-@triton.jit
 def effective_eps(
     p_count, sequence, token, length, eps, CAUSAL: tl.constexpr, MEAN: tl.constexpr, HAS_COUNT: tl.constexpr
 ):  # fmt: skip
@@ -405,6 +322,8 @@ def forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of a tile of tokens of one head, BV columns."""
+    LOOP: tl.constexpr = PRECISION != "bf16"
+    four = four_of(heads)
     head = tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, tl.program_id(0), tiles, N, PACKED)
     kv, kv_heads = head // group, heads // group
@@ -430,16 +349,21 @@ def forward(
         else:
             at = at * kv_heads + kv
             z_ue, z_uo, z_le, z_lo = load_sums(p_z + at * (2 * D), o_pair, D)
-            y_ue, y_uo, y_le, y_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
             d = tl.sum(ue * z_ue[None, :] + uo * z_uo[None, :] + le * z_le[None, :] + lo * z_lo[None, :], axis=1)
             if MAP == MALA:
                 count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
                 factor, last, _, _ = readout(d, count, eps, D)
                 g_ue, g_uo, g_le = g_ue * factor[:, None], g_uo * factor[:, None], first_pair(last, o_pair)
-            o = dot(g_ue, y_ue, o, PRECISION)
-            o = dot(g_uo, y_uo, o, PRECISION)
-            o = dot(g_le, y_le, o, PRECISION)
-            o = dot(g_lo, y_lo, o, PRECISION)
+            if LOOP:
+                for i in range(0, four):
+                    s = load_tile(p_s + at * (2 * D * DV), i, o_pair, o_v, D, DV)
+                    o = dot(tile_of(i, g_ue, g_uo, g_le, g_lo), s, o, PRECISION)
+            else:
+                s_ue, s_uo, s_le, s_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
+                o = dot(g_ue, s_ue, o, PRECISION)
+                o = dot(g_uo, s_uo, o, PRECISION)
+                o = dot(g_le, s_le, o, PRECISION)
+                o = dot(g_lo, s_lo, o, PRECISION)
         if CAUSAL or ALONE:
             p_k += batch * s_kb + kv * s_kh
             p_v += batch * s_vb + kv * s_vh
@@ -452,12 +376,12 @@ def forward(
                 v = load_values(p_v, begin + key, m_key, s_vn, o_v, DV)
                 k_ue, k_uo, k_le, k_lo = key_features(even, odd, ka, kb, key_power, alpha, norm_eps, MAP, CUBE)
                 if ROPE == 1:  # the weights of the denominator are others
-                    w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
+                    w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION, LOOP, four)
                     d += tl.sum(meeting(w, key[None, :], token[:, None], CAUSAL), axis=1)
                 if ROPE > 0:
                     sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                     k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-                w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
+                w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION, LOOP, four)
                 w = meeting(w, key[None, :], token[:, None], CAUSAL)
                 if ROPE != 1:
                     d += tl.sum(w, axis=1)

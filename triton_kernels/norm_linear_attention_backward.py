@@ -13,38 +13,36 @@ import triton
 import triton.language as tl
 
 from .norm_linear_attention import (
-    COSINE,
-    LN2,
     MALA,
-    OPPOSITE,
     POLA,
-    QUARTER,
     SIZES,
-    add_sums,
-    cos_sin,
-    dot,
     effective_eps,
     first_part,
     key_features,
     load_angles,
-    load_pairs,
     load_params,
-    load_state,
+    locate,
+    query_features,
+    turn,
+)
+from .norm_linear_attention_gradients import key_gradient, query_gradient
+from .norm_linear_attention_mala import first_pair, readout
+from .norm_linear_attention_tiles import (
+    add_sums,
+    always,
+    dot,
+    four_of,
+    load_pairs,
     load_sums,
     load_values,
-    locate,
-    log2_or_0,
     meeting,
-    norm_of,
-    power,
-    query_features,
+    store_pairs,
     store_state,
     store_sums,
-    tanh_and_slope,
-    turn,
+    through_state,
     weights_of,
+    zero_of,
 )
-from .norm_linear_attention_mala import elu_gradient, first_pair, readout
 
 
 @triton.jit
@@ -55,113 +53,6 @@ def gated(p_grad, p_gate, o_token, m_token, s_grad, s_gate, o_v, DV: tl.constexp
         gate = load_values(p_gate, o_token, m_token, s_gate, o_v, DV)
         g = g * gate / (1.0 + tl.exp(-gate))
     return g
-
-
-@triton.jit
-def magnitude_gradient(x, upper, lower):
-    """What reaches the magnitude of a channel, by its sign."""
-    return tl.where(x > 0, upper, tl.where(x < 0, lower, tl.where(x == 0, 0.0, x)))
-
-
-@triton.jit
-def query_gradient(
-    even, odd, a, b, c, d_ue, d_uo, d_le, d_lo, alpha, norm_eps, MAP: tl.constexpr
-):  # fmt: skip
-    """(dq even, dq odd, and sums over the row for lam, tau and beta; pola: the powers' gradients of each channel)."""
-    if MAP == MALA:
-        dq_even, dq_odd = elu_gradient(even, odd, d_ue, d_uo)
-        first, second, third = 0.0, 0.0, 0.0
-    elif MAP >= POLA:
-        if MAP == OPPOSITE:
-            d_ue, d_le, d_uo, d_lo = d_le, d_ue, d_lo, d_uo
-        e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
-        x_even, x_odd = tl.abs(even), tl.abs(odd)
-        w_even, w_odd = e_even * power(x_even, a), e_odd * power(x_odd, b)
-        dq_even = a * w_even / tl.where(even == 0, 1.0, even)
-        dq_odd = b * w_odd / tl.where(odd == 0, 1.0, odd)
-        first, second, third = w_even * log2_or_0(x_even) * LN2, w_odd * log2_or_0(x_odd) * LN2, 0.0
-    else:
-        r = norm_of(even, odd, norm_eps)
-        t, flat = tanh_and_slope(c * r)
-        p = a * (b + t)
-        u_even, u_odd = even / r[:, None], odd / r[:, None]
-        l_even, l_odd = log2_or_0(tl.abs(u_even)), log2_or_0(tl.abs(u_odd))
-        w_even = tl.where(u_even == 0, 0.0, tl.exp2(p[:, None] * l_even))
-        w_odd = tl.where(u_odd == 0, 0.0, tl.exp2(p[:, None] * l_odd))
-        if MAP == COSINE:
-            te, slope_even = tanh_and_slope(alpha * u_even)
-            to, slope_odd = tanh_and_slope(alpha * u_odd)
-            ce, se = cos_sin(te * QUARTER)
-            co, so = cos_sin(to * QUARTER)
-            n_even = w_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * slope_even
-            n_odd = w_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * slope_odd
-            e_even, e_odd = d_ue * ce + d_le * se, d_uo * co + d_lo * so
-            along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)
-        else:
-            e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
-            n_even, n_odd = 0.0, 0.0
-            along = 0.0 * r
-        w_even, w_odd = e_even * w_even, e_odd * w_odd
-        P = tl.sum(w_even * l_even + w_odd * l_odd, axis=1) * LN2
-        T = tl.sum(w_even + w_odd, axis=1)
-        # of the direction's length: p T / r^2 along q, and what the norm does to the exponent
-        pull = P * (a * c * flat) - (p * T + along) / r
-        dq_even = p[:, None] * w_even / tl.where(even == 0, 1.0, even) + pull[:, None] * u_even + n_even / r[:, None]
-        dq_odd = p[:, None] * w_odd / tl.where(odd == 0, 1.0, odd) + pull[:, None] * u_odd + n_odd / r[:, None]
-        first, second, third = P * (b + t), P * a, P * a * r * flat
-    return dq_even, dq_odd, first, second, third
-
-
-@triton.jit
-def key_gradient(
-    even, odd, a, b, d_ue, d_uo, d_le, d_lo, key_power, alpha, norm_eps, MAP: tl.constexpr, CUBE: tl.constexpr
-):  # fmt: skip
-    """(dk even, dk odd, the powers' gradients of each channel: pola)."""
-    first, second = 0.0, 0.0
-    x_even, x_odd = tl.abs(even), tl.abs(odd)
-    if MAP == MALA:
-        dk_even, dk_odd = elu_gradient(even, odd, d_ue, d_uo)
-    elif MAP >= POLA:
-        e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
-        w_even, w_odd = e_even * power(x_even, a), e_odd * power(x_odd, b)
-        dk_even = a * w_even / tl.where(even == 0, 1.0, even)
-        dk_odd = b * w_odd / tl.where(odd == 0, 1.0, odd)
-        first, second = w_even * log2_or_0(x_even) * LN2, w_odd * log2_or_0(x_odd) * LN2
-    else:
-        if CUBE:
-            slope_even, slope_odd = 3.0 * even * x_even, 3.0 * odd * x_odd
-        else:
-            slope_even = key_power * tl.exp2((key_power - 1.0) * log2_or_0(x_even))
-            slope_odd = key_power * tl.exp2((key_power - 1.0) * log2_or_0(x_odd))
-            slope_even = tl.where(even == 0, 0.0, tl.where(even < 0, -slope_even, slope_even))
-            slope_odd = tl.where(odd == 0, 0.0, tl.where(odd < 0, -slope_odd, slope_odd))
-        if MAP == COSINE:
-            if CUBE:
-                m_even, m_odd = tl.abs(even * even * even), tl.abs(odd * odd * odd)
-            else:
-                m_even, m_odd = power(x_even, key_power), power(x_odd, key_power)
-            r = norm_of(even, odd, norm_eps)[:, None]
-            u_even, u_odd = even / r, odd / r
-            te, flat_even = tanh_and_slope(alpha * u_even)
-            to, flat_odd = tanh_and_slope(alpha * u_odd)
-            ce, se = cos_sin(te * QUARTER)
-            co, so = cos_sin(to * QUARTER)
-            n_even = m_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * flat_even
-            n_odd = m_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * flat_odd
-            along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)[:, None]
-            dk_even = slope_even * (d_ue * ce + d_le * se) + (n_even - u_even * along) / r
-            dk_odd = slope_odd * (d_uo * co + d_lo * so) + (n_odd - u_odd * along) / r
-        else:
-            dk_even = slope_even * magnitude_gradient(even, d_ue, d_le)
-            dk_odd = slope_odd * magnitude_gradient(odd, d_uo, d_lo)
-    return dk_even, dk_odd, first, second
-
-
-@triton.jit
-def store_pairs(p_x, o_token, m_token, s_token, even, odd, o_pair, D: tl.constexpr):
-    at = p_x + o_token[:, None] * s_token + 2 * o_pair[None, :]
-    tl.store(at, even.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair < D)[None, :])
-    tl.store(at + 1, odd.to(p_x.dtype.element_ty), mask=m_token[:, None] & (2 * o_pair + 1 < D)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -179,11 +70,14 @@ def grad_queries(
     HAS_COUNT: tl.constexpr, HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr, MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    LOOP: tl.constexpr = PRECISION != "bf16" or (CAUSAL and D > 64)
+    four = four_of(heads)
     slot, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
     kv, kv_heads = head // group, heads // group
     o_pair = tl.arange(0, HD).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
+    near = tl.arange(0, BT)
     m_token = token < length
     a, b, c = load_params(p_params, head, heads, o_pair, D, MAP)
     p_q += batch * s_qb + head * s_qh
@@ -193,12 +87,9 @@ def grad_queries(
     p_grad += batch * s_ob + head * s_oh
     even, odd = load_pairs(p_q, begin + token, m_token, s_qn, o_pair, D)
     ue, uo, le, lo = query_features(even, odd, a, b, c, alpha, norm_eps, MAP)
-    g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
-    if ROPE > 0:
-        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
-        g_ue, g_uo, g_le, g_lo = turn(ue, uo, le, lo, sin, cos)
     if ROPE == 2:
-        ue, uo, le, lo = g_ue, g_uo, g_le, g_lo
+        sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+        ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
     at = sequence
     if CAUSAL:
         at = first_part(p_offsets, sequence, parts, PART, PACKED) + tile * BT // PART
@@ -223,8 +114,9 @@ def grad_queries(
             if ROPE == 2:
                 sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-            w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-            d += tl.sum(meeting(w, key[None, :], token[:, None], CAUSAL), axis=1)
+            w = weights_of(ue, uo, le, lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION, LOOP, four)
+            there = near + (other - tile * BT).to(tl.int32)
+            d += tl.sum(meeting(w, there[None, :], near[:, None], CAUSAL), axis=1)
         if MAP == MALA:
             count = effective_eps(p_count, sequence, token, length if PACKED else keys, 1.0, False, True, HAS_COUNT)
             factor, last, slope, scale = readout(d, count, eps, D)
@@ -232,22 +124,23 @@ def grad_queries(
         else:
             d += effective_eps(p_count, sequence, token, length if PACKED else keys, eps, CAUSAL, MEAN, HAS_COUNT)
             d = tl.where(m_token, d, 1.0)
+        g_ue, g_uo, g_le, g_lo = ue, uo, le, lo
+        if ROPE == 1:
+            sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+            g_ue, g_uo, g_le, g_lo = turn(ue, uo, le, lo, sin, cos)
         # the gradient of the rotated features
         h_ue, h_uo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         h_le, h_lo = tl.zeros([BT, HD], tl.float32), tl.zeros([BT, HD], tl.float32)
         for first in range(0, DV, BV):
             o_v = first + tl.arange(0, BV)
-            y = gated(p_grad, p_gate, begin + token, m_token, s_on, s_gn, o_v, DV, HAS_GATE) / d[:, None]
+            here = begin + token + (zero_of(first, four, 3) if LOOP else 0)
+            y = gated(p_grad, p_gate, here, m_token, s_on, s_gn, o_v, DV, HAS_GATE) / d[:, None]
             o = tl.zeros([BT, BV], tl.float32)
             if not ALONE:
-                t_ue, t_uo, t_le, t_lo = load_state(p_s + at * (2 * D * DV), o_pair, o_v, D, DV)
-                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, y, tl.trans(t_ue), tl.trans(t_uo),
-                                                  tl.trans(t_le), tl.trans(t_lo), PRECISION)  # fmt: skip
-                if HAS_GATE:
-                    o = dot(g_ue, t_ue, o, PRECISION)
-                    o = dot(g_uo, t_uo, o, PRECISION)
-                    o = dot(g_le, t_le, o, PRECISION)
-                    o = dot(g_lo, t_lo, o, PRECISION)
+                h_ue, h_uo, h_le, h_lo, o = through_state(
+                    p_s + at * (2 * D * DV), h_ue, h_uo, h_le, h_lo, y, g_ue, g_uo, g_le, g_lo, o, o_pair, o_v, D, DV,
+                    HAS_GATE, PRECISION, LOOP, four,
+                )  # fmt: skip
             for other in range(start, stop, BT):
                 key = other + tl.arange(0, BT)
                 m_key = key < last_key
@@ -257,20 +150,33 @@ def grad_queries(
                 if ROPE > 0:
                     sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                     k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-                w = dot(y, tl.trans(v), tl.zeros([BT, BT], tl.float32), PRECISION)
-                w = meeting(w, key[None, :], token[:, None], CAUSAL)
-                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
+                there = near + (other - tile * BT).to(tl.int32)
+                w = tl.where(always(other, four), y, 0.0) if LOOP else y
+                w = dot(w, tl.trans(v), tl.zeros([BT, BT], tl.float32), PRECISION)
+                w = meeting(w, there[None, :], near[:, None], CAUSAL)
+                h_ue, h_uo, h_le, h_lo = add_sums(
+                    h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION, LOOP, four
+                )
                 if HAS_GATE:
-                    w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION)
-                    o = dot(meeting(w, key[None, :], token[:, None], CAUSAL), v, o, PRECISION)
+                    w = weights_of(g_ue, g_uo, g_le, g_lo, k_ue, k_uo, k_le, k_lo, BT, PRECISION, LOOP, four)
+                    if always(other, four) if LOOP else True:
+                        v = load_values(p_v, begin + key, m_key, s_vn, o_v, DV)
+                        o = dot(meeting(w, there[None, :], near[:, None], CAUSAL), v, o, PRECISION)
             if HAS_GATE:
-                gate = load_values(p_gate, begin + token, m_token, s_gn, o_v, DV)
+                here = begin + token + (zero_of(first, four, 2) if LOOP else 0)
+                gate = load_values(p_gate, here, m_token, s_gn, o_v, DV)
                 sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-                g = load_values(p_grad, begin + token, m_token, s_on, o_v, DV)
+                g = load_values(p_grad, here, m_token, s_on, o_v, DV)
                 dgate = g * (o / d[:, None]) * sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 m_o = m_token[:, None] & (o_v < DV)[None, :]
-                at_o = p_dgate + batch * s_dgb + head * s_dgh + (begin + token)[:, None] * s_dgn + o_v[None, :]
+                at_o = p_dgate + batch * s_dgb + head * s_dgh + here[:, None] * s_dgn + o_v[None, :]
                 tl.store(at_o, dgate.to(p_dgate.dtype.element_ty), mask=m_o)
+        if LOOP:  # made again: held through the loops they are registers that those lack
+            even, odd = load_pairs(p_q, begin + token, m_token, s_qn, o_pair, D)
+            g_ue, g_uo, g_le, g_lo = query_features(even, odd, a, b, c, alpha, norm_eps, MAP)
+            if ROPE > 0:
+                sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
+                g_ue, g_uo, g_le, g_lo = turn(g_ue, g_uo, g_le, g_lo, sin, cos)
         dd = -tl.sum(g_ue * h_ue + g_uo * h_uo + g_le * h_le + g_lo * h_lo, axis=1) / d
         if MAP == MALA:  # of phi_q . z; y = g / d is to be the gradient before the factor
             of_last = tl.sum(tl.where((o_pair == 0)[None, :], h_le, 0.0), axis=1)
@@ -297,8 +203,11 @@ def grad_queries(
             if ROPE == 2:
                 sin, cos = load_angles(p_sin, p_cos, p_start, sequence, key, m_key, o_pair, D, HAS_START)
                 k_ue, k_uo, k_le, k_lo = turn(k_ue, k_uo, k_le, k_lo, sin, cos)
-            w = meeting(dd[:, None] + tl.zeros([BT, BT], tl.float32), key[None, :], token[:, None], CAUSAL)
-            h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION)
+            there = near + (other - tile * BT).to(tl.int32)
+            w = meeting(dd[:, None] + tl.zeros([BT, BT], tl.float32), there[None, :], near[:, None], CAUSAL)
+            h_ue, h_uo, h_le, h_lo = add_sums(
+                h_ue, h_uo, h_le, h_lo, w, k_ue, k_uo, k_le, k_lo, PRECISION, LOOP, four
+            )
         if ROPE == 2:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
@@ -387,6 +296,8 @@ def grad_keys(
     MAP: tl.constexpr, CUBE: tl.constexpr, ROPE: tl.constexpr, PACKED: tl.constexpr, HAS_START: tl.constexpr,
     HAS_GATE: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    LOOP: tl.constexpr = PRECISION != "bf16"
+    four = four_of(heads)
     slot, kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, tile, batch, begin, length = locate(p_offsets, p_sequence, p_part, slot, tiles, N, PACKED)
     kv_heads = heads // group
@@ -419,13 +330,10 @@ def grad_keys(
             v = load_values(p_v, begin + token, m_token, s_vn, o_v, DV)
             dv = tl.zeros([BT, BV], tl.float32)
             if not ALONE:
-                t_ue, t_uo, t_le, t_lo = load_state(p_ds + at * (2 * D * DV), o_pair, o_v, D, DV)
-                h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, v, tl.trans(t_ue), tl.trans(t_uo),
-                                                  tl.trans(t_le), tl.trans(t_lo), PRECISION)  # fmt: skip
-                dv = dot(g_ue, t_ue, dv, PRECISION)
-                dv = dot(g_uo, t_uo, dv, PRECISION)
-                dv = dot(g_le, t_le, dv, PRECISION)
-                dv = dot(g_lo, t_lo, dv, PRECISION)
+                h_ue, h_uo, h_le, h_lo, dv = through_state(
+                    p_ds + at * (2 * D * DV), h_ue, h_uo, h_le, h_lo, v, g_ue, g_uo, g_le, g_lo, dv, o_pair, o_v, D,
+                    DV, True, PRECISION, LOOP, four,
+                )  # fmt: skip
             if CAUSAL or ALONE:
                 for member in range(0, group):
                     head = kv * group + member
@@ -443,16 +351,19 @@ def grad_keys(
                                 p_sin, p_cos, p_start, sequence, query, m_query, o_pair, D, HAS_START
                             )
                             ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
+                        w = weights_of(g_ue, g_uo, g_le, g_lo, ue, uo, le, lo, BT, PRECISION, LOOP, four)
                         d = tl.load(p_d + q_row, mask=m_query, other=1.0)
                         y = gated(
                             p_grad + batch * s_ob + head * s_oh, p_gate + batch * s_gb + head * s_gh, begin + query,
                             m_query, s_on, s_gn, o_v, DV, HAS_GATE,
                         ) / d[:, None]  # fmt: skip
-                        w = weights_of(g_ue, g_uo, g_le, g_lo, ue, uo, le, lo, BT, PRECISION)
                         dv = dot(meeting(w, token[:, None], query[None, :], CAUSAL), y, dv, PRECISION)
-                        w = dot(v, tl.trans(y), tl.zeros([BT, BT], tl.float32), PRECISION)
-                        w = meeting(w, token[:, None], query[None, :], CAUSAL)
-                        h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
+                        if always(other, four) if LOOP else True:
+                            w = dot(v, tl.trans(y), tl.zeros([BT, BT], tl.float32), PRECISION)
+                            w = meeting(w, token[:, None], query[None, :], CAUSAL)
+                            h_ue, h_uo, h_le, h_lo = add_sums(
+                                h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION, LOOP, four
+                            )
             m_v = m_token[:, None] & (o_v < DV)[None, :]
             at_v = p_dv + batch * s_dvb + kv * s_dvh + (begin + token)[:, None] * s_dvn + o_v[None, :]
             tl.store(at_v, dv.to(p_dv.dtype.element_ty), mask=m_v)
@@ -481,10 +392,14 @@ def grad_keys(
                         ue, uo, le, lo = turn(ue, uo, le, lo, sin, cos)
                     dd = tl.load(p_dd + q_row, mask=m_query, other=0.0)[None, :]
                     w = meeting(dd + tl.zeros([BT, BT], tl.float32), token[:, None], query[None, :], CAUSAL)
-                    h_ue, h_uo, h_le, h_lo = add_sums(h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION)
+                    h_ue, h_uo, h_le, h_lo = add_sums(
+                        h_ue, h_uo, h_le, h_lo, w, ue, uo, le, lo, PRECISION, LOOP, four
+                    )
         if ROPE == 2:
             sin, cos = load_angles(p_sin, p_cos, p_start, sequence, token, m_token, o_pair, D, HAS_START)
             h_ue, h_uo, h_le, h_lo = turn(h_ue, h_uo, h_le, h_lo, -sin, cos)
+        if LOOP:  # read again, likewise
+            even, odd = load_pairs(p_k, begin + token, m_token, s_kn, o_pair, D)
         dk_even, dk_odd, x, y_ = key_gradient(
             even, odd, a, b, h_ue, h_uo, h_le, h_lo, key_power, alpha, norm_eps, MAP, CUBE
         )

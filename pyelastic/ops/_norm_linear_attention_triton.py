@@ -46,6 +46,11 @@ class _Forward(gpu.GpuProblem):
             "MAP": x.map, "ROPE": rope, "PACKED": x.cu_seqlens is not None, "HAS_START": x.start is not None,
             "PRECISION": precision, "num_warps": self.forward_kernels.WARPS, "num_stages": 1,
         }  # fmt: skip
+        # Where ptxas might else settle for 128 registers, and spill.
+        nvidia = self.device.type == "cuda" and torch.version.hip is None
+        most = {"maxnreg": self.forward_kernels.REGISTERS} if nvidia else {}
+        self.most = most if precision != "bf16" else {}
+        self.most_keys = most if x.causal else {}
         self.cube = {"CUBE": x.key_power == 3.0}
         self.gated = {"HAS_GATE": x.gate is not None}
         self.meet = {"CAUSAL": x.causal, "ALONE": self.alone}
@@ -89,7 +94,7 @@ class _Forward(gpu.GpuProblem):
             x.q, x.k, x.v, self.gate, o, *self.tables, self.tensor(x.count0), *self.places(pieces),
             *map(self.tensor, read), *self.strides(x.q, x.k, x.v, self.gate, o), self.n, self.m, pieces.each,
             self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps, x.norm_eps,
-            **self.common, **self.cube, **self.gated, **self.flags,
+            **self.common, **self.cube, **self.gated, **self.flags, **self.most,
         )  # fmt: skip
 
     def run_queries(self, pieces: Pieces, read: Read, *tensors: Tensor | None) -> None:
@@ -99,7 +104,7 @@ class _Forward(gpu.GpuProblem):
             x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, self.tensor(x.count0),
             *self.places(pieces), *map(self.tensor, read), *strides, self.n, self.m,
             pieces.each, self.parts_of(self.m), self.heads, self.heads // self.kv_heads, x.key_power, x.alpha, x.eps,
-            x.norm_eps, **self.common, **self.cube, **self.gated, **self.flags,
+            x.norm_eps, **self.common, **self.cube, **self.gated, **self.flags, **self.most,
         )  # fmt: skip
 
     def run_grad_state(self, pieces: Pieces, grad: Tensor, d: Tensor, dd: Tensor, last: Tensor, parts: Pair) -> None:
@@ -117,7 +122,7 @@ class _Forward(gpu.GpuProblem):
             x.q, x.k, x.v, self.gate, *map(self.tensor, tensors), *self.tables, *self.places(pieces),
             *strides, self.m, self.n, pieces.each, self.parts_of(self.n), self.heads,
             self.heads // self.kv_heads, x.key_power, x.alpha, x.norm_eps, **self.common, **self.cube, **self.gated,
-            **self.meet,
+            **self.meet, **self.most_keys,
         )  # fmt: skip
 
 
