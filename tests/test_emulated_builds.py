@@ -55,6 +55,6 @@ def test_cuda_kernels_under(build: str, runs: dict[str, tuple[subprocess.Popen[b
     if build not in runs:
         pytest.skip("the emulator was not built; make test builds it")
     process, log = runs[build]
-    status = process.wait(timeout=1500)
+    status = process.wait(timeout=2400)
     text = log.read_text()
     assert status == 0 and " passed" in text.splitlines()[-1], text[-6000:]
