@@ -1,5 +1,5 @@
-// 64-byte vectors in the compiler's own vector extension: the compiler lowers them to AVX-512, to two
-// AVX2 or to four SSE/NEON registers, so one source serves every instruction set.
+// Vectors in the compiler's own vector extension, so that one source serves every instruction set. A vector is one register of
+// the set that a file is compiled for: GCC keeps wider ones in memory, which made a product 20 times slower on AVX2.
 #pragma once
 
 #include <cstdint>
@@ -9,43 +9,85 @@
 namespace pyelastic {
 namespace {  // one copy per instruction set, see dtype.h
 
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+// For functions of vectors: a call would pass them in memory.
+#define PYELASTIC_INLINE __attribute__((always_inline)) inline
+
+// Rows of a product in registers: kMicroRows times two vectors are sums, 24 of 32 registers or 12 of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMicroRows = 12;
+#else
+constexpr int kMicroRows = 6;
+#endif
+
 template <class T>
 struct VecOf;
 
 template <>
 struct VecOf<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef std::int32_t I __attribute__((vector_size(64)));
-  static constexpr int lanes = 16;
+  typedef float V __attribute__((vector_size(kVecBytes)));
+  typedef std::int32_t I __attribute__((vector_size(kVecBytes)));
+  static constexpr int lanes = kVecBytes / 4;
 };
 
 template <>
 struct VecOf<double> {
-  typedef double V __attribute__((vector_size(64)));
-  typedef std::int64_t I __attribute__((vector_size(64)));
-  static constexpr int lanes = 8;
+  typedef double V __attribute__((vector_size(kVecBytes)));
+  typedef std::int64_t I __attribute__((vector_size(kVecBytes)));
+  static constexpr int lanes = kVecBytes / 8;
 };
 
 template <class T>
 using Vec = typename VecOf<T>::V;
 
 template <class T>
-inline Vec<T> load_vec(const T* p) {
+PYELASTIC_INLINE Vec<T> load_vec(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
 template <class T>
-inline void store_vec(T* p, const Vec<T>& v) {
+PYELASTIC_INLINE void store_vec(T* p, const Vec<T>& v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
 // Sum of the lanes in a fixed order, in double.
 template <class T>
-inline double sum_lanes(const Vec<T>& v) {
+PYELASTIC_INLINE double sum_lanes(const Vec<T>& v) {
   double sum = 0;
   for (int l = 0; l < VecOf<T>::lanes; ++l) sum += static_cast<double>(v[l]);
+  return sum;
+}
+
+// A vector of doubles from elements of T.
+template <class T>
+PYELASTIC_INLINE Vec<double> load_doubles(const T* p) {
+  typedef T Narrow __attribute__((vector_size(VecOf<double>::lanes * sizeof(T))));
+  Narrow v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+// sum a b in double, in a fixed order.
+template <class T>
+inline double dot_in_double(const T* a, const T* b, std::int64_t n) {
+  constexpr int lanes = VecOf<double>::lanes;
+  Vec<double> even{}, odd{};
+  std::int64_t k = 0;
+  for (; k + 2 * lanes <= n; k += 2 * lanes) {
+    even += load_doubles(a + k) * load_doubles(b + k);
+    odd += load_doubles(a + k + lanes) * load_doubles(b + k + lanes);
+  }
+  double sum = sum_lanes<double>(even + odd);
+  for (; k < n; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
   return sum;
 }
 
@@ -53,7 +95,7 @@ inline double sum_lanes(const Vec<T>& v) {
 // NaN stays NaN. The caller keeps x below the largest exponent.
 // Method: x = n + r with n the nearest integer (by adding 1.5 * 2^mantissa, which leaves n in the low
 // bits), 2^r by its Taylor polynomial on [-1/2, 1/2], 2^n by building the exponent field.
-inline Vec<float> exp2_vec(const Vec<float>& x) {
+PYELASTIC_INLINE Vec<float> exp2_vec(const Vec<float>& x) {
   using V = Vec<float>;
   using I = VecOf<float>::I;
   const V shifted = x + 12582912.0f;
@@ -69,7 +111,7 @@ inline Vec<float> exp2_vec(const Vec<float>& x) {
   return x < -126.0f ? V{} : result;
 }
 
-inline Vec<double> exp2_vec(const Vec<double>& x) {
+PYELASTIC_INLINE Vec<double> exp2_vec(const Vec<double>& x) {
   using V = Vec<double>;
   using I = VecOf<double>::I;
   const V shifted = x + 6755399441055744.0;
@@ -95,7 +137,7 @@ inline Vec<double> exp2_vec(const Vec<double>& x) {
 
 // log2 x for x >= 0 in the type's normal range, absolute error below 2 ulp of max(1, |log2 x|); NaN and Inf stay.
 // Method: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log2 m = 2 / ln2 atanh((m - 1) / (m + 1)) by its series.
-inline Vec<float> log2_vec(const Vec<float>& x) {
+PYELASTIC_INLINE Vec<float> log2_vec(const Vec<float>& x) {
   using V = Vec<float>;
   using I = VecOf<float>::I;
   const I shifted = (I)x - 0x3f3504f3;  // so that m begins at sqrt(1/2)
@@ -110,7 +152,7 @@ inline Vec<float> log2_vec(const Vec<float>& x) {
   return x - x == 0.0f ? result : x;
 }
 
-inline Vec<double> log2_vec(const Vec<double>& x) {
+PYELASTIC_INLINE Vec<double> log2_vec(const Vec<double>& x) {
   using V = Vec<double>;
   using I = VecOf<double>::I;
   const I shifted = (I)x - 0x3fe6a09e667f3bcd;

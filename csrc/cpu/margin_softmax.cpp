@@ -1,7 +1,7 @@
 // margin_softmax on the CPU: the work between the GEMMs. Contract and formulas: ../margin_softmax.h.
 //
 // Blocking: a row of a tile is taken in blocks of 64 cosines that stay in L1; per element the forward
-// costs one read and one exp2 (about 15 vector instructions per 16 elements), the backward one read, one
+// costs one read and one exp2 (about 15 instructions per vector), the backward one read, one
 // exp2 and one write. At D = 512 that is a few per cent of the GEMM that made the tile.
 // Precision: a lane adds at most kFlush / lanes terms in T before it is added to a double, so the
 // rounding of a sum over 1e7 classes does not grow with the number of classes.
@@ -17,7 +17,7 @@ namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-constexpr std::int64_t kBlock = 64;           // cosines per block: 4 (float) or 8 (double) vectors
+constexpr std::int64_t kBlock = 64;           // cosines per block, whole vectors
 constexpr std::int64_t kFlush = 8 * kBlock;   // cosines between two additions to a double
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kZeroNorm = 1e-12;           // F.normalize's eps: below it a row has no direction
@@ -69,36 +69,13 @@ void load_row(const RowsView& x, std::int64_t row, T* out) {
   }
 }
 
-// Eight elements as doubles.
-template <class T>
-Vec<double> load_doubles(const T* p) {
-  typedef T Eight __attribute__((vector_size(8 * sizeof(T))));
-  Eight v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, Vec<double>);
-}
-
-// Dot product in double, in a fixed order of 16 partial sums.
-template <class T>
-double dot(const T* a, const T* b, std::int64_t dim) {
-  Vec<double> even = {}, odd = {};
-  std::int64_t d = 0;
-  for (; d + 16 <= dim; d += 16) {
-    even += load_doubles(a + d) * load_doubles(b + d);
-    odd += load_doubles(a + d + 8) * load_doubles(b + d + 8);
-  }
-  double total = sum_lanes<double>(even + odd);
-  for (; d < dim; ++d) total += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-  return total;
-}
-
 template <class T>
 void normalize(const RowsView& x, T* out, T* inv_norm, int threads) {
   parallel_for(x.rows, row_grain(x.dim), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       if (out == nullptr) {
         const T* row = static_cast<const T*>(x.data) + r * x.row_stride;
-        const double norm = std::sqrt(dot(row, row, x.dim));
+        const double norm = std::sqrt(dot_in_double(row, row, x.dim));
         inv_norm[r] = norm <= kZeroNorm ? T(0) : static_cast<T>(1.0 / norm);
         continue;
       }
@@ -107,7 +84,7 @@ void normalize(const RowsView& x, T* out, T* inv_norm, int threads) {
       double norm = 0;
       if (row >= 0) {
         load_row(x, row, o);
-        norm = std::sqrt(dot(o, o, x.dim));
+        norm = std::sqrt(dot_in_double(o, o, x.dim));
       }
       if (norm <= kZeroNorm) {
         for (std::int64_t d = 0; d < x.dim; ++d) o[d] = 0;
@@ -129,9 +106,9 @@ void target_angle(const T* e_hat, const T* w_hat_y, std::int64_t rows, std::int6
       const T* e = e_hat + i * dim;
       const T* candidates = w_hat_y + i * subcenters * dim;
       std::int64_t k = 0;
-      double cosine = dot(e, candidates, dim);
+      double cosine = dot_in_double(e, candidates, dim);
       for (std::int64_t other = 1; other < subcenters; ++other) {
-        const double c = dot(e, candidates + other * dim, dim);
+        const double c = dot_in_double(e, candidates + other * dim, dim);
         if (c > cosine) {
           cosine = c;
           k = other;
@@ -388,7 +365,7 @@ void project(const T* d, const T* x, std::int64_t x_stride, bool x_is_unit, cons
       const T* xr = x + r * x_stride;
       const double square = x_is_unit ? 1.0 : static_cast<double>(inv_norm[r]) * inv_norm[r];
       const T inverse = x_is_unit ? inv_norm[r] : T(1);
-      const T radial = static_cast<T>(dot(dr, xr, dim) * square);
+      const T radial = static_cast<T>(dot_in_double(dr, xr, dim) * square);
       if (dtype == Dtype::float32 && sizeof(T) == sizeof(float) && col_stride == 1) {
         T* o = static_cast<T*>(out) + r * row_stride;
         for (std::int64_t k = 0; k < dim; ++k) o[k] = (dr[k] - radial * xr[k]) * inverse;

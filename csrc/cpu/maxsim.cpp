@@ -36,12 +36,8 @@ void norms(const Tokens& x, const std::int64_t* prefixes, int planes, T* inverse
       double sum = 0;
       std::int64_t k = 0;
       for (int p = 0; p < planes; ++p) {
-        Vec<double> lanes{};
-        for (; k + 8 <= prefixes[p]; k += 8) {
-          for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(row[k + l]) * static_cast<double>(row[k + l]);
-        }
-        sum += sum_lanes<double>(lanes);
-        for (; k < prefixes[p]; ++k) sum += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+        sum += dot_in_double(row + k, row + k, prefixes[p] - k);
+        k = prefixes[p];
         const double norm = std::sqrt(sum);
         inverse[p * x.total + t] = static_cast<T>(1.0 / (norm < kZeroNorm ? kZeroNorm : norm));  // NaN stays NaN
       }
@@ -166,12 +162,12 @@ struct Running {
 
 // (v > m), or the first NaN.
 template <class T>
-inline Mask<T> above(const Vec<T>& v, const Vec<T>& m) {
+PYELASTIC_INLINE Mask<T> above(const Vec<T>& v, const Vec<T>& m) {
   return (v > m) | ((v != v) & (m == m));
 }
 
 template <int R, class T>
-inline void take_maximum(const Running<T>& run, int half, const Vec<T> (&v)[R], const std::int32_t* positions) {
+PYELASTIC_INLINE void take_maximum(const Running<T>& run, int half, const Vec<T> (&v)[R], const std::int32_t* positions) {
   Vec<T> m = run.value[half];
   Mask<T> a = run.index[half];
 #pragma GCC unroll 12
@@ -185,7 +181,7 @@ inline void take_maximum(const Running<T>& run, int half, const Vec<T> (&v)[R], 
 }
 
 template <class T>
-inline void take_levels(const Running<T>& run, int levels, int half, Vec<T> v, std::int32_t t) {
+PYELASTIC_INLINE void take_levels(const Running<T>& run, int levels, int half, Vec<T> v, std::int32_t t) {
   Mask<T> at = Mask<T>{} + t;
   for (int level = 0; level < levels; ++level) {
     Vec<T>& m = run.value[level * 2 + half];
@@ -201,7 +197,7 @@ inline void take_levels(const Running<T>& run, int levels, int half, Vec<T> v, s
 }
 
 template <int R, class T>
-inline void take_smooth(const Running<T>& run, int half, const Vec<T> (&v)[R]) {
+PYELASTIC_INLINE void take_smooth(const Running<T>& run, int half, const Vec<T> (&v)[R]) {
   Vec<T> top = run.value[half];
   for (int r = 0; r < R; ++r) top = above<T>(v[r], top) ? v[r] : top;
   const auto term = [&](const Vec<T>& x) { return exp2_vec(x == top ? Vec<T>{} : x - top); };  // inf - inf would be NaN
@@ -235,7 +231,7 @@ struct Unit {
 // Factors of the similarities of half a block's query tokens: log2(e) / tau and the queries' norms. A maximum needs
 // neither until its end.
 template <class T>
-inline Vec<T> smooth_scale(const MaxSimProblem& p, std::int64_t first, int plane) {
+PYELASTIC_INLINE Vec<T> smooth_scale(const MaxSimProblem& p, std::int64_t first, int plane) {
   const auto* q_inv = static_cast<const T*>(p.q_inv);
   T lanes[VecOf<T>::lanes];
   for (int l = 0; l < VecOf<T>::lanes; ++l) {

@@ -16,11 +16,7 @@ namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 12;
-#else
-constexpr int kRows = 3;  // 64-byte vectors take two or four registers here
-#endif
+constexpr int kRows = kMicroRows;
 
 template <class T>
 constexpr std::int64_t kBlock = 2 * VecOf<T>::lanes;  // query tokens of a block
@@ -78,10 +74,10 @@ template <class F>
 inline void each_rows(std::int64_t count, const F& f) {
   std::int64_t n = 0;
   for (; n + kRows <= count; n += kRows) f(n, Rows<kRows>{});
-#if defined(__AVX512F__)
-  if (n + 8 <= count) f(n, Rows<8>{}), n += 8;
+  if constexpr (kRows > 8) {
+    if (n + 8 <= count) f(n, Rows<8>{}), n += 8;
+  }
   if (n + 4 <= count) f(n, Rows<4>{}), n += 4;
-#endif
   if (n + 2 <= count) f(n, Rows<2>{}), n += 2;
   if (n < count) f(n, Rows<1>{});
 }

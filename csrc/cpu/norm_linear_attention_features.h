@@ -22,42 +22,44 @@ inline std::int64_t padded(std::int64_t width) {
 }
 
 template <class T>
-inline Vec<T> spread(T x) {
+PYELASTIC_INLINE Vec<T> spread(T x) {
   return Vec<T>{} + x;
 }
 
 template <class T>
-inline Vec<T> absolute(const Vec<T>& x) {
+PYELASTIC_INLINE Vec<T> absolute(const Vec<T>& x) {
   return x < T(0) ? -x : x;
 }
 
 // Sum of the lanes, by halves.
-template <class T>
-inline T total(const Vec<T>& v) {
-  typedef T Half __attribute__((vector_size(32)));
-  typedef T Quarter __attribute__((vector_size(16)));
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(half));
-  const Quarter quarter = quarters[0] + quarters[1];
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return quarter[0] + quarter[1];
+template <class T, int kBytes = kVecBytes>
+PYELASTIC_INLINE T total(const void* v) {
+  if constexpr (kBytes == sizeof(T)) {
+    T x;
+    std::memcpy(&x, v, sizeof(x));
+    return x;
   } else {
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+    typedef T Half __attribute__((vector_size(kBytes / 2)));
+    Half halves[2];
+    std::memcpy(halves, v, kBytes);
+    const Half sum = halves[0] + halves[1];
+    return total<T, kBytes / 2>(&sum);
   }
+}
+template <class T>
+PYELASTIC_INLINE T total(const Vec<T>& v) {
+  return total<T, kVecBytes>(&v);
 }
 
 // log2 x, 0 for x = 0.
 template <class T>
-inline Vec<T> log2_or_0(const Vec<T>& x) {
+PYELASTIC_INLINE Vec<T> log2_or_0(const Vec<T>& x) {
   return log2_vec(x == T(0) ? spread<T>(1) : x);
 }
 
 // 2^x, also beyond the type's range.
 template <class T>
-inline Vec<T> exp2_any(const Vec<T>& x) {
+PYELASTIC_INLINE Vec<T> exp2_any(const Vec<T>& x) {
   constexpr T most = sizeof(T) == sizeof(float) ? T(127.99999) : T(1023.999999999999);
   const Vec<T> inside = exp2_vec(x > most ? spread<T>(most) : x);
   return x > most ? spread<T>(T(__builtin_inf())) : inside;
@@ -65,13 +67,13 @@ inline Vec<T> exp2_any(const Vec<T>& x) {
 
 // a^p, 0 for a = 0; NaN stays.
 template <class T>
-inline Vec<T> power(const Vec<T>& a, const Vec<T>& p) {
+PYELASTIC_INLINE Vec<T> power(const Vec<T>& a, const Vec<T>& p) {
   return a == T(0) ? Vec<T>{} : exp2_any<T>(p * log2_or_0<T>(a));
 }
 
 // tanh x, and 1 - tanh^2 x without cancellation.
 template <class T>
-inline Vec<T> tanh_of(const Vec<T>& x, Vec<T>& slope) {
+PYELASTIC_INLINE Vec<T> tanh_of(const Vec<T>& x, Vec<T>& slope) {
   const Vec<T> e = exp2_vec(absolute<T>(x) * T(-2 * kLog2e));
   const Vec<T> t = (T(1) - e) / (T(1) + e);
   slope = T(4) * e / ((T(1) + e) * (T(1) + e));
@@ -80,7 +82,7 @@ inline Vec<T> tanh_of(const Vec<T>& x, Vec<T>& slope) {
 
 // For |x| <= pi/4.
 template <class T>
-inline void cos_sin(const Vec<T>& x, Vec<T>& c, Vec<T>& s) {
+PYELASTIC_INLINE void cos_sin(const Vec<T>& x, Vec<T>& c, Vec<T>& s) {
   const Vec<T> y = x * x;
   // 1 / (2 k)!, 1 / (2 k + 1)! with alternating signs; the double needs three terms more.
   c = spread<T>(T(-2.7557319223985893e-7));
@@ -232,7 +234,7 @@ inline void key_row(const Head<T>& h, const T* k, T* w, T* f) {
 
 // Pairs of channels turned by a vector of angles s, c: two vectors, in place.
 template <class T>
-inline void turn_pairs(Vec<T>& a, Vec<T>& b, const Vec<T>& s, const Vec<T>& c) {
+PYELASTIC_INLINE void turn_pairs(Vec<T>& a, Vec<T>& b, const Vec<T>& s, const Vec<T>& c) {
   using I = typename VecOf<T>::I;
   constexpr int lanes = VecOf<T>::lanes;
   I low, high, other;
@@ -288,12 +290,12 @@ inline void split_and_turn(const Head<T>& h, const Exponent<T>& e, const T* x, c
 
 // What reaches a channel's magnitude, from the gradient of its two features.
 template <class T>
-inline Vec<T> by_sign(const Vec<T>& x, const Vec<T>& upper, const Vec<T>& lower) {
+PYELASTIC_INLINE Vec<T> by_sign(const Vec<T>& x, const Vec<T>& upper, const Vec<T>& lower) {
   return x > T(0) ? upper : (x < T(0) ? lower : (x == T(0) ? Vec<T>{} : x));
 }
 
 template <class T>
-inline Vec<T> sign_of(const Vec<T>& x) {
+PYELASTIC_INLINE Vec<T> sign_of(const Vec<T>& x) {
   return x > T(0) ? spread<T>(1) : (x < T(0) ? spread<T>(-1) : x);
 }
 

@@ -9,12 +9,6 @@ namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kNlaRows = 12;  // 24 of 32 registers are sums
-#else
-constexpr int kNlaRows = 3;  // 64-byte vectors take two or four registers here
-#endif
-
 template <int R, int V, class T>
 inline void product_block(const T* a, std::int64_t ra, std::int64_t ka, const T* b, std::int64_t ldb, std::int64_t depth,
                           T* c, std::int64_t ldc, bool add) {
@@ -43,13 +37,13 @@ template <int V, class T>
 inline void product_columns(const T* a, std::int64_t ra, std::int64_t ka, const T* b, std::int64_t ldb, std::int64_t rows,
                             std::int64_t depth, T* c, std::int64_t ldc, bool add) {
   std::int64_t r = 0;
-  for (; r + kNlaRows <= rows; r += kNlaRows) {
-    product_block<kNlaRows, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add);
+  for (; r + kMicroRows <= rows; r += kMicroRows) {
+    product_block<kMicroRows, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add);
   }
-#if defined(__AVX512F__)
-  if (r + 8 <= rows) product_block<8, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add), r += 8;
+  if constexpr (kMicroRows > 8) {
+    if (r + 8 <= rows) product_block<8, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add), r += 8;
+  }
   if (r + 4 <= rows) product_block<4, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add), r += 4;
-#endif
   if (r + 2 <= rows) product_block<2, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add), r += 2;
   if (r < rows) product_block<1, V>(a + r * ra, ra, ka, b, ldb, depth, c + r * ldc, ldc, add);
 }

@@ -13,19 +13,6 @@ namespace {
 constexpr double kZeroNorm = 1e-12;  // F.normalize's eps
 constexpr std::int64_t kGrain = 32;  // rows worth a range of their own
 
-// sum a b in double, in a fixed order.
-template <class T>
-double dot(const T* a, const T* b, std::int64_t n) {
-  Vec<double> lanes{};
-  std::int64_t k = 0;
-  for (; k + 8 <= n; k += 8) {
-    for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(a[k + l]) * static_cast<double>(b[k + l]);
-  }
-  double sum = sum_lanes<double>(lanes);
-  for (; k < n; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
-  return sum;
-}
-
 template <class T>
 void forward(const T* z, const T* bias, MatrixView residual, std::int64_t rows, std::int64_t dim, void* out, Dtype dtype,
              std::int64_t stride, T* inverse, int threads) {
@@ -41,7 +28,7 @@ void forward(const T* z, const T* bias, MatrixView residual, std::int64_t rows, 
         for (std::int64_t k = 0; k < dim; ++k) row[k] += r[k];
       }
       if (inverse != nullptr) {
-        const double norm = std::sqrt(dot(row, row, dim));
+        const double norm = std::sqrt(dot_in_double(row, row, dim));
         inverse[i] = static_cast<T>(1.0 / (norm < kZeroNorm ? kZeroNorm : norm));  // NaN stays NaN
         for (std::int64_t k = 0; k < dim; ++k) row[k] *= inverse[i];
       }
@@ -65,7 +52,7 @@ void backward(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows
       }
       const T* u = read_row(y.data, y.dtype, i * y.stride, dim, y_room);
       // 0.999: the largest inverse, rounded to float; there the norm is constant.
-      const T along = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm ? T(0) : static_cast<T>(dot(g, u, dim));
+      const T along = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm ? T(0) : static_cast<T>(dot_in_double(g, u, dim));
       for (std::int64_t k = 0; k < dim; ++k) d[k] = (g[k] - along * u[k]) * inverse[i];
     }
   });

@@ -1,9 +1,5 @@
-"""torch.compile without graph breaks, opcheck on the raw ops, autocast, every instruction set of the CPU kernels."""
+"""torch.compile without graph breaks, opcheck on the raw ops, autocast."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import backends
@@ -14,8 +10,6 @@ from torch import Tensor
 
 import pyelastic
 from pyelastic.ops import maxsim as op
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -135,26 +129,6 @@ def test_a_few_steps_train(backend: str) -> None:
         histories.append(losses)
     assert histories[0][-1] < 0.9 * histories[0][0]
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
-
-
-def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """The choice is made once per process, so each instruction set needs its own."""
-    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
-def test_lower_instruction_sets(isa: str) -> None:
-    """Layouts, options, lengths and dimensions once more; the best set runs in every other test."""
-    backends.require("cpu")
-    shown = child(isa, "-c", "from pyelastic import _extension as e; print(e.load().isa())")
-    best = child("", "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
-    if shown.stdout.strip() != isa or best == isa:
-        pytest.skip(f"this machine runs {best!r}, and {shown.stdout.strip()!r} if asked for {isa}")
-    chosen = "cpu and (test_layout or test_options or test_lengths or test_dimension) and not other_dtypes"
-    done = child(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, str(HERE / "test_maxsim.py"))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
 
 
 def test_every_kernel_is_here() -> None:

@@ -1,9 +1,5 @@
 """The CPU kernels' own cases: parts and tiles, numbers of threads, instruction sets."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import backends
@@ -120,27 +116,6 @@ def test_order_does_not_change_the_result() -> None:
         found.append({"o": made["o"].detach(), **{n: x.grad for n, x in leaves.items()}})
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-10, atol=1e-10)
-
-
-def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """The choice is made once per process, so each instruction set needs its own; on one thread, for speed."""
-    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-def test_lower_instruction_sets(isa: str) -> None:
-    """Options, widths and zeros once more; the best set runs in every other test."""
-    backends.require("cpu")
-    shown = child(isa, "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
-    best = child("", "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
-    if shown != isa or best == isa:
-        pytest.skip(f"this machine runs {best!r}, and {shown!r} if asked for {isa}")
-    chosen = "cpu and (test_options or test_widths or test_zero or test_key_power)"
-    file = str(Path(__file__).parent / "test_norm_linear_attention.py")
-    done = child(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize("n", (20, 300))

@@ -1,9 +1,5 @@
-"""torch.compile without graph breaks, opcheck on the raw ops, autocast, every instruction set of the CPU kernels."""
+"""torch.compile without graph breaks, opcheck on the raw ops, autocast."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import backends
@@ -14,8 +10,6 @@ from torch import Tensor
 
 import pyelastic
 from pyelastic.ops import projection as op
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -110,27 +104,6 @@ def test_backward_under_autocast(backend: str) -> None:
         got.sum().backward()
     for name, grad in gradients_of(wanted).items():
         assert torch.equal(grad, gradients_of(found)[name]), name
-
-
-def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """The choice is made once per process, so each instruction set needs its own; on one thread, for speed."""
-    environment = {**os.environ, "PYELASTIC_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
-def test_lower_instruction_sets(isa: str) -> None:
-    """Options, sizes and dtypes once more; the best set runs in every other test."""
-    backends.require("cpu")
-    shown = child(isa, "-c", "from pyelastic import _extension as e; print(e.load().isa())")
-    best = child("", "-c", "from pyelastic import _extension as e; print(e.load().isa())").stdout.strip()
-    if shown.stdout.strip() != isa or best == isa:
-        pytest.skip(f"this machine runs {best!r}, and {shown.stdout.strip()!r} if asked for {isa}")
-    chosen = "cpu and (test_options or test_sizes or test_mixed or test_zero_rows)"
-    file = str(HERE / "test_projection.py")
-    done = child(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
 
 
 def test_every_kernel_is_here() -> None:
