@@ -46,11 +46,12 @@ const pyelastic::FiraKernels<T>& fira() {
   }
 }
 
-// Null where the machine lacks AVX-512.
+// Null where the machine lacks AVX2.
 const pyelastic::FiraProducts* fira_products() {
 #ifdef PYELASTIC_HAVE_X86_ISAS
   if (pyelastic::isa() == Isa::avx512bf16) return &pyelastic::avx512bf16::fira_products;
   if (pyelastic::isa() == Isa::avx512) return &pyelastic::avx512::fira_products;
+  if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::fira_products;
 #endif
   return nullptr;
 }

@@ -83,7 +83,7 @@ struct FiraKernels {
                 double keep, const FiraRounding& rounding, int threads);
 };
 
-// The two products, for float32 and 16-bit weights; AVX-512 only. `basis` is P as stored, of any dtype; `dtype` is that of
+// The two products, for float32 and 16-bit weights; AVX2 and AVX-512. `basis` is P as stored, of any dtype; `dtype` is that of
 // G and W. With AVX-512-BF16 bfloat16 operands are multiplied as they are (C rounded), all else in float.
 struct FiraProducts {
   std::int64_t (*room)(const FiraProblem& p, Dtype dtype);  // bytes of scratch, on a 64-byte boundary
@@ -103,6 +103,7 @@ extern const FiraKernels<double> fira_double;
 namespace avx2 {
 extern const FiraKernels<float> fira_float;
 extern const FiraKernels<double> fira_double;
+extern const FiraProducts fira_products;
 }  // namespace avx2
 namespace avx512 {
 extern const FiraKernels<float> fira_float;

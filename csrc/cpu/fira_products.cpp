@@ -1,16 +1,18 @@
-// fira on CPUs with AVX-512: the two products, R = X P and C P^T, with the passes over G and W inside. Contract: ../fira.h.
+// fira on CPUs with AVX2 or AVX-512: the two products, R = X P and C P^T, with the passes over G and W inside. Contract: ../fira.h.
 //
 // A library's GEMM would read G once more for |x|^2 and write and read C P^T. Here G is squared while it is packed, and
-// C P^T of twelve rows is in L1 when W is written. Both are products A B with a row-major result [rows, columns]:
+// C P^T of a group of rows is in L1 when W is written. Both are products A B with a row-major result [rows, columns]:
 //   left   R [r, n] = P^T [r, m] G [m, n],   C P^T [m, n] = P [m, r] C [r, n]
 //   right  R [m, r] = G [m, n] P^T [n, r],   C P^T [m, n] = C [m, r] P [r, n]
-// Packing: A in groups of 12 rows, B in panels of 32 columns, depth-major, so that the micro-kernel (24 sums in registers)
-// reads both as streams. With AVX-512-BF16 and bfloat16 weights an element is a pair of bfloat16 along the depth, P, G
+// Packing: A in groups of 12 rows (AVX2: 6), B in panels of two vectors of columns, depth-major, so that the micro-kernel
+// (24 sums in registers; 12) reads both as streams. With AVX-512-BF16 and bfloat16 weights an element is a pair of bfloat16 along the depth, P, G
 // and C rounded to it and R not; else everything is converted to float. Depth is cut into kDepth; a result's sum has one
 // order, whatever the thread count. P (projection) and A (way back) are packed once, into `room`, the rest into a
 // thread's scratch: a block of B stays in L2, a group of A in L1.
 
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
 
 #include "../common/parallel.h"
 #include "../common/vec.h"
@@ -22,9 +24,10 @@ namespace {
 
 using Int = std::int64_t;
 
-constexpr Int kGroup = 12, kPanel = 32;
-constexpr Int kDepth = 256;                // of one sum in registers
-constexpr Int kBlockElements = 96 * 1024;  // of packed B (way back) or of packed vectors (projection): 384 KB of 1 MB L2
+constexpr Int kHalf = VecOf<float>::lanes, kGroup = kMicroRows, kPanel = 2 * kHalf;
+constexpr Int kDepth = 256;  // of one sum in registers
+// Elements of packed B (way back) or of packed vectors (projection): 384 KB of 1 MB L2, where AVX-512 is missing 192 of 512.
+constexpr Int kBlockElements = (kHalf == 16 ? 96 : 48) * 1024;
 
 Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 Int round_up(Int a, Int b) { return ceil_div(a, b) * b; }
@@ -35,7 +38,7 @@ struct Floats {
   static constexpr Int depth = 1;
 };
 
-inline void multiply_add(Vec<float>& sum, const Vec<float>& b, float a) { sum += b * a; }
+PYELASTIC_INLINE void multiply_add(Vec<float>& sum, const Vec<float>& b, float a) { sum += b * a; }
 
 #if defined(__AVX512BF16__)
 struct Pairs {
@@ -45,21 +48,21 @@ struct Pairs {
 };
 typedef std::uint32_t Words __attribute__((vector_size(64)));
 
-inline void multiply_add(Vec<float>& sum, const Words& b, std::uint32_t a) {
+PYELASTIC_INLINE void multiply_add(Vec<float>& sum, const Words& b, std::uint32_t a) {
   sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
 }
 #endif
 
-// out [12, 32] (row stride ldo) = or += A B over `depth` packed elements.
+// out [kGroup, kPanel] (row stride ldo) = or += A B over `depth` packed elements.
 template <class Element>
 inline void multiply(const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
-  typedef Element Lanes __attribute__((vector_size(64)));
+  typedef Element Lanes __attribute__((vector_size(kVecBytes)));
   Vec<float> sum[kGroup][2] = {};
 #pragma GCC unroll 2
   for (Int k = 0; k < depth; ++k) {
     Lanes low, high;
-    std::memcpy(&low, b, 64);
-    std::memcpy(&high, b + 16, 64);
+    std::memcpy(&low, b, kVecBytes);
+    std::memcpy(&high, b + kHalf, kVecBytes);
 #pragma GCC unroll 12
     for (int r = 0; r < kGroup; ++r) {
       multiply_add(sum[r][0], low, a[r]);
@@ -72,10 +75,10 @@ inline void multiply(const Element* a, const Element* b, Int depth, float* out, 
   for (int r = 0; r < kGroup; ++r) {
     if (add) {
       sum[r][0] += load_vec(out);
-      sum[r][1] += load_vec(out + 16);
+      sum[r][1] += load_vec(out + kHalf);
     }
     store_vec(out, sum[r][0]);
-    store_vec(out + 16, sum[r][1]);
+    store_vec(out + kHalf, sum[r][1]);
     out += ldo;
   }
 }
@@ -174,7 +177,7 @@ Int block_width(Int count, Int most, Int unit, int threads) {
   return round_up(ceil_div(count, blocks), unit);
 }
 
-// Result tile [12, 32] of R at (row, column), of which the part inside of [rows, columns] counts.
+// Result tile [kGroup, kPanel] of R at (row, column), of which the part inside of [rows, columns] counts.
 template <class Element>
 void project_tile(const Element* a, const Element* b, Int depth, float* r, Int row, Int rows, Int column, Int columns,
                   bool add) {
@@ -253,7 +256,7 @@ void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWei
   using Element = typename Kind::Element;
   const Int rows = p.left ? p.dim : p.vectors, columns = p.left ? p.vectors : p.dim;
   const Int elements = ceil_div(p.rank, Kind::depth), groups = ceil_div(rows, kGroup);
-  Element* const packed = static_cast<Element*>(room);  // [group][element][12]
+  Element* const packed = static_cast<Element*>(room);  // [group][element][kGroup]
   parallel_for(groups, 4, threads, [&](Int begin, Int end) {
     const Int first = begin * kGroup, last = least(end * kGroup, rows);
     pack_along<Kind, kGroup>(a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup, kLookAway);
@@ -263,7 +266,7 @@ void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWei
     const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
     char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 4 * kGroup * block)));
     Element* const panels = reinterpret_cast<Element*>(own);
-    float* const t = reinterpret_cast<float*>(own + scratch);  // [12, block]
+    float* const t = reinterpret_cast<float*>(own + scratch);  // [kGroup, block]
     for (Int at = begin * block; at < least(end * block, columns); at += block) {
       const Int count = least(block, columns - at);
       pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel, kLookAway);

@@ -1,9 +1,9 @@
 """Launcher of fira's CPU kernels. Contract: csrc/fira.h.
 
-With AVX-512 the two products are ours, with the passes over G and W inside (``_Products``): the bits of a step depend
-on no thread count. Elsewhere and in float64 they are two GEMMs of torch (``_Gemms``), whose operands are bfloat16 for
-bfloat16 weights (R and C are then rounded to it, as the published package rounds R) and the compute type for all
-others. Scratch: R, and a packed P or C, or C P^T for a block of rows.
+With AVX2 or AVX-512 the two products are ours, with the passes over G and W inside (``_Products``): the bits of a step
+depend on no thread count. Elsewhere and in float64 they are two GEMMs of torch (``_Gemms``), whose operands are
+bfloat16 for bfloat16 weights (R and C are then rounded to it, as the published package rounds R) and the compute type
+for all others. Scratch: R, and a packed P or C, or C P^T for a block of rows.
 """
 
 from __future__ import annotations
