@@ -207,7 +207,7 @@ def test_rows_do_not_see_each_other(backend: str) -> None:
     (loss, _, w), (loss2, _, w2) = (call(backend, c, M.ArcFace()) for c in (case, moved))
     loss.backward()
     loss2.backward()
-    # An element of dW is a sum of terms as large as the largest; BLAS adds up their cosines in an order that hangs on place.
+    # An element of dW is a sum of terms as large as the largest; BLAS adds up their cosines in an order by place.
     near["atol"] = near["rtol"] * w.grad.abs().max().item()
     torch.testing.assert_close(w2.grad, w.grad[order.to(w.device)], **near)
 
