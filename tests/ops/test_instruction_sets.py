@@ -10,6 +10,7 @@ import backends
 import pytest
 
 HERE = Path(__file__).parent
+SETS = ("baseline", "avx2", "avx512")  # the best is avx512bf16
 WHICH = "from pyelastic import _extension as e; print(e.load().isa())"
 # Tests of each op, chosen by -k from files.
 CHOSEN = {
@@ -69,7 +70,7 @@ def shown(isa: str) -> str:
 
 
 @pytest.mark.parametrize("op", CHOSEN)
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+@pytest.mark.parametrize("isa", SETS)
 def test_lower_instruction_sets(op: str, isa: str) -> None:
     """Options, sizes and edges once more."""
     backends.require("cpu")
@@ -83,7 +84,7 @@ def test_lower_instruction_sets(op: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("op", STEPS)
-@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", SETS)
 def test_no_kernel_is_much_slower_than_eager(op: str, isa: str) -> None:
     """Twice the eager step's time is far above what any takes, and far below a kernel whose vectors lie in memory."""
     backends.require("cpu")

@@ -208,7 +208,8 @@ def test_rows_do_not_see_each_other(backend: str) -> None:
     loss.backward()
     loss2.backward()
     # An element of dW is a sum of terms as large as the largest; BLAS adds up their cosines in an order by place.
-    near["atol"] = near["rtol"] * w.grad.abs().max().item()
+    if dtype != torch.float64:
+        near["atol"] = near["rtol"] * w.grad.abs().max().item()
     torch.testing.assert_close(w2.grad, w.grad[order.to(w.device)], **near)
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels' own cases: parts and tiles, numbers of threads, instruction sets."""
+"""The CPU kernels' own cases: parts and tiles, numbers of threads."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from norm_linear_attention_cases import call, compare, make, upstream_of
 from torch import Tensor
 
+import pyelastic
 from pyelastic.ops import _norm_linear_attention_cpu as launcher
 
 
@@ -115,3 +116,21 @@ def test_order_does_not_change_the_result() -> None:
         found.append({"o": made["o"].detach(), **{n: x.grad for n, x in leaves.items()}})
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", (20, 300))
+def test_heads_first_stay_heads_first(n: int) -> None:
+    """o and gradients lie as q, k and v do, so that nothing is copied on the way."""
+    backends.require("cpu")
+    case = make(2, n, heads=3, d=16, dv=8, gate=True, rope="num")
+    leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in (case.q, case.k, case.v)]
+    sin, cos = pyelastic.rope_tables(n, 16)
+    o = pyelastic.norm_linear_attention(*leaves, rope="num", rope_tables=(sin, cos), layout="bhnd", backend="cpu")
+    made = torch.autograd.grad(o, leaves, torch.ones_like(o))
+    assert o.is_contiguous() and all(x.is_contiguous() for x in made)
+    plain = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
+    other = pyelastic.norm_linear_attention(*plain, rope="num", rope_tables=(sin, cos), backend="cpu")
+    theirs = torch.autograd.grad(other, plain, torch.ones_like(other))
+    assert other.is_contiguous() and torch.equal(other, o.transpose(1, 2))
+    for a, b in zip(made, theirs, strict=True):
+        assert b.is_contiguous() and torch.equal(a.transpose(1, 2), b)
