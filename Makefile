@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMak
 COMMA := ,
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: test bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
+.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
 
 # torch is pinned with all else: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
@@ -32,7 +32,7 @@ $(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
 
 # One process a core, whose OpenMP threads give way instead of spinning for their turn.
 test: $(VENV)/build.stamp $(VENV)/emulator.stamp
-	OMP_WAIT_POLICY=PASSIVE PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=PASSIVE PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest -n $(JOBS) --dist loadgroup
 
 bench: $(VENV)/build.stamp
 	$(PY) -m benchmarks
@@ -42,6 +42,10 @@ coverage: $(VENV)/build.stamp $(VENV)/emulator.stamp
 	find build/emulator -name '*.gcda' -delete
 	$(PY) -m pytest -q tests/ops -k cuda
 	$(PY) tests/device_coverage.py
+
+# Every case of the op tests on backend "cuda" under AddressSanitizer and the race detector; `test` runs a draw of them.
+sanitize: $(VENV)/build.stamp $(VENV)/emulator.stamp
+	PYELASTIC_TEST_SANITIZED_CASES=1000000 $(PY) -m pytest -q tests/test_emulated_builds.py
 
 lint: $(VENV)/environment.stamp
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,8 @@
 """Settings every test runs under: poisoned memory, reproducible fuzzing, strict dispatch."""
 
 import os
+import random
+from collections import defaultdict
 from collections.abc import Iterator
 
 # pyelastic reads these once, so they are set before any test module imports it. A backend chosen in
@@ -23,6 +25,27 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=40)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="at most N cases of each test, drawn at random")
+    parser.addoption("--draw", default="", metavar="SEED", help="of --cases; the same draw for the same seed")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each parametrized test keep as many cases as --cases says, for runs that are slow."""
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for name, found in cases.items():
+        kept |= set(random.Random(config.getoption("--draw") + name).sample(found, min(most, len(found))))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)

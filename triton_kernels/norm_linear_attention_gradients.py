@@ -28,6 +28,14 @@ def magnitude_gradient(x, upper, lower):
 
 
 @triton.jit
+def angle_gradients(weight, u, upper, lower, alpha):
+    """What reaches u and the weight of features weight (cos t(u), sin t(u)), whose gradients are upper and lower."""
+    t, slope = tanh_and_slope(alpha * u)
+    c, s = cos_sin(t * QUARTER)
+    return weight * (lower * c - upper * s) * (alpha * QUARTER) * slope, upper * c + lower * s
+
+
+@triton.jit
 def query_gradient(
     even, odd, a, b, c, d_ue, d_uo, d_le, d_lo, alpha, norm_eps, MAP: tl.constexpr
 ):  # fmt: skip
@@ -53,13 +61,8 @@ def query_gradient(
         w_even = tl.where(u_even == 0, 0.0, tl.exp2(p[:, None] * l_even))
         w_odd = tl.where(u_odd == 0, 0.0, tl.exp2(p[:, None] * l_odd))
         if MAP == COSINE:
-            te, slope_even = tanh_and_slope(alpha * u_even)
-            to, slope_odd = tanh_and_slope(alpha * u_odd)
-            ce, se = cos_sin(te * QUARTER)
-            co, so = cos_sin(to * QUARTER)
-            n_even = w_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * slope_even
-            n_odd = w_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * slope_odd
-            e_even, e_odd = d_ue * ce + d_le * se, d_uo * co + d_lo * so
+            n_even, e_even = angle_gradients(w_even, u_even, d_ue, d_le, alpha)
+            n_odd, e_odd = angle_gradients(w_odd, u_odd, d_uo, d_lo, alpha)
             along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)
         else:
             e_even, e_odd = magnitude_gradient(even, d_ue, d_le), magnitude_gradient(odd, d_uo, d_lo)
@@ -106,15 +109,11 @@ def key_gradient(
                 m_even, m_odd = power(x_even, key_power), power(x_odd, key_power)
             r = norm_of(even, odd, norm_eps)[:, None]
             u_even, u_odd = even / r, odd / r
-            te, flat_even = tanh_and_slope(alpha * u_even)
-            to, flat_odd = tanh_and_slope(alpha * u_odd)
-            ce, se = cos_sin(te * QUARTER)
-            co, so = cos_sin(to * QUARTER)
-            n_even = m_even * (d_le * ce - d_ue * se) * (alpha * QUARTER) * flat_even
-            n_odd = m_odd * (d_lo * co - d_uo * so) * (alpha * QUARTER) * flat_odd
+            n_even, e_even = angle_gradients(m_even, u_even, d_ue, d_le, alpha)
+            n_odd, e_odd = angle_gradients(m_odd, u_odd, d_uo, d_lo, alpha)
             along = tl.sum(u_even * n_even + u_odd * n_odd, axis=1)[:, None]
-            dk_even = slope_even * (d_ue * ce + d_le * se) + (n_even - u_even * along) / r
-            dk_odd = slope_odd * (d_uo * co + d_lo * so) + (n_odd - u_odd * along) / r
+            dk_even = slope_even * e_even + (n_even - u_even * along) / r
+            dk_odd = slope_odd * e_odd + (n_odd - u_odd * along) / r
         else:
             dk_even = slope_even * magnitude_gradient(even, d_ue, d_le)
             dk_odd = slope_odd * magnitude_gradient(odd, d_uo, d_lo)

@@ -1,6 +1,6 @@
 """Inputs for the norm_linear_attention tests, and the comparison of a backend with the truth."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,13 +175,15 @@ def call(
     return {"o": o, "s": after.s, "z": after.z}, leaves
 
 
-def calls_of(problem: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that a launcher's problems call from now on."""
-    called: list[str] = []
+def calls_of(
+    problem: Any, monkeypatch: pytest.MonkeyPatch, see: Callable[[Any, str], Any] = lambda problem, name: name
+) -> list[Any]:
+    """What ``see`` makes of each kernel that a launcher's problems call from now on: its name."""
+    called: list[Any] = []
     original = problem.call
 
     def spy(self: Any, name: str, *arguments: Any) -> None:
-        called.append(name)
+        called.append(see(self, name))
         original(self, name, *arguments)
 
     monkeypatch.setattr(problem, "call", spy)

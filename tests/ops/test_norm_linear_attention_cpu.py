@@ -1,11 +1,9 @@
 """The CPU kernels' own cases: parts and tiles, numbers of threads."""
 
-from typing import Any
-
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import call, compare, make, upstream_of
+from norm_linear_attention_cases import call, calls_of, compare, make, upstream_of
 from torch import Tensor
 
 import pyelastic
@@ -92,14 +90,7 @@ def test_quadratic_order(causal: bool, n: int, m: int, rope: str | None, monkeyp
     """Up to one tile of tokens, with shared keys and a gate, also where it is not the cheaper order."""
     backends.require("cpu")
     m = n if causal else m
-    orders = []
-    original = launcher._Problem.call
-
-    def spy(self: Any, name: str, *arguments: Any) -> None:
-        orders.append((name, self.quadratic))
-        original(self, name, *arguments)
-
-    monkeypatch.setattr(launcher._Problem, "call", spy)
+    orders = calls_of(launcher._Problem, monkeypatch, lambda problem, name: (name, problem.quadratic))
     compare("cpu", make(2, n, m, heads=4, kv_heads=2, d=48, dv=32, gate=True, rope=rope, learned=True, causal=causal))
     short = max(n, m) <= 64 and (causal or n * m * (8 * 48 + 3 * 32) < 6 * 48 * 32 * (n + m))
     assert (("forward", True) in orders, ("backward", True) in orders) == (short, short)
