@@ -40,14 +40,15 @@ def _environment(build: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
     """Both builds at once: each is a process on one core."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", TESTS, "--cases", CASES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", TESTS]
     started = {}
     for build in ("asan", "race"):
         if list(emulated.BUILD.glob(f"_emulator_{build}.*")):
             log = tmp_path_factory.mktemp(build) / "log"
             with log.open("wb") as file:
+                draw = ["--cases", CASES, "--draw", build]
                 process = subprocess.Popen(
-                    [*command, "--draw", build], cwd=ROOT, env=_environment(build), stdout=file, stderr=subprocess.STDOUT
+                    command + draw, cwd=ROOT, env=_environment(build), stdout=file, stderr=subprocess.STDOUT
                 )
             started[build] = (process, log)
     yield started
