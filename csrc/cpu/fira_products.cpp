@@ -169,6 +169,34 @@ void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typena
   }
 }
 
+inline Int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// Asks for `columns` of rows of a matrix before they are read, a little at each call, while products are computed: rows
+// are too short for the CPU's own prefetching.
+class Ahead {
+ public:
+  // calls: of fetch, after which all has been asked for.
+  Ahead(const void* data, Dtype dtype, Int stride, Int row, Int rows, Int column, Int columns, Int calls)
+      : from_(static_cast<const char*>(data) + (row * stride + column) * bytes_of(dtype)),
+        pitch_(stride * bytes_of(dtype)), width_(columns * bytes_of(dtype)), rows_(rows),
+        each_(calls > 0 ? ceil_div(rows * ceil_div(width_, kLineBytes), calls) : 0) {}
+  void fetch() {
+    for (Int i = 0; i < each_ && rows_ > 0; ++i) {
+      __builtin_prefetch(from_ + at_, 0, 2);
+      at_ += kLineBytes;
+      if (at_ < width_) continue;
+      at_ = 0;
+      from_ += pitch_;
+      --rows_;
+    }
+  }
+
+ private:
+  static constexpr Int kLineBytes = 64;
+  const char* from_;
+  Int pitch_, width_, rows_, each_, at_ = 0;
+};
+
 const auto kLookAway = [](Int, Int, const float*) {};
 
 // `count` columns or rows in blocks of at most `most`, whose number is a multiple of the threads where they are many.
@@ -214,6 +242,13 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
   });
   const Int unit = p.left ? kPanel : kGroup;
   const Int block = block_width(p.vectors, kBlockElements / kDepth, unit, threads), pitch = elements * unit;
+  // The part of G that a block of vectors from `at` on reads in the step from k0 on, if there is one before block `end`.
+  const auto next_tile = [&](Int at, Int k0, Int end) {
+    const Int last = least(end * block, p.vectors), count = at < last ? least(block, last - at) : 0;
+    const Int depth = count > 0 ? least(kDepth, p.dim - k0) : 0, calls = ceil_div(count, unit) * ceil_div(p.rank, width);
+    return p.left ? Ahead(g.data, g.dtype, g.stride, k0, depth, at, count, calls)
+                  : Ahead(g.data, g.dtype, g.stride, at, count, k0, depth, calls);
+  };
   parallel_for(ceil_div(p.vectors, block), 1, threads, [&](Int begin, Int end) {
     const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
     char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 12 * block)));
@@ -225,6 +260,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
       for (Int i = 0; i < count; ++i) sums[i] = part[i] = 0;
       for (Int s = 0; s < steps; ++s) {
         const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), length = ceil_div(depth, Kind::depth);
+        Ahead ahead = next_tile(s + 1 < steps ? at : at + block, s + 1 < steps ? k0 + kDepth : 0, end);
         const Element* basis_step = packed + s * parts * elements * width;
         if (p.left) {
           pack_across<Kind, kPanel>(g, at, count, k0, depth, x, pitch,
@@ -232,6 +268,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
           flush(part, count, sums);
           for (Int i = 0; i < p.rank; i += kGroup) {
             for (Int j = 0; j < count; j += kPanel) {
+              ahead.fetch();
               project_tile(basis_step + i * elements, x + j * elements, length, r, i, p.rank, at + j, p.vectors, s > 0);
             }
           }
@@ -240,6 +277,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
                                    [&](Int i, Int n, const float* row) { sums[i] += sum_squares(row, n); });
           for (Int i = 0; i < count; i += kGroup) {
             for (Int j = 0; j < p.rank; j += kPanel) {
+              ahead.fetch();
               project_tile(x + i * elements, basis_step + j * elements, length, r, at + i, p.vectors, j, p.rank, s > 0);
             }
           }
@@ -271,10 +309,15 @@ void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWei
       const Int count = least(block, columns - at);
       pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel, kLookAway);
       for (Int row = 0; row < rows; row += kGroup) {
+        const Int calls = ceil_div(count, kPanel), height = least(kGroup, rows - row);
+        Ahead weights(x.w, x.w_dtype, x.w_stride, row, height, at, count, calls);
+        Ahead gradients(x.g, x.w_dtype, x.g_stride, row, height, at, count, calls);
         for (Int j = 0; j < count; j += kPanel) {
+          weights.fetch();
+          gradients.fetch();
           multiply(packed + row * elements, panels + j * elements, elements, t + j, block, false);
         }
-        for (Int i = 0; i < least(kGroup, rows - row); ++i) {
+        for (Int i = 0; i < height; ++i) {
           for (Int j = 0; j < count; j += kSegment) {
             write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * block + j);
           }
