@@ -305,6 +305,18 @@ void bind_norm_linear_attention(py::module_& m) {
           cuda::nla_keys(problem(x), slots(tiles), part, each, as<const float>(d), as<const float>(dd),
                          as<const float>(ds), as<const float>(dz), as<float>(dparams), as<void>(stream));
         }, nogil);
+  m.def("cuda_norm_linear_attention_whole", [=](const Arguments& x) { return cuda::nla_whole_fits(problem(x)); });
+  m.def("cuda_norm_linear_attention_whole_forward",
+        [=](const Arguments& x, Pointer s, Pointer z, Pointer stream) {
+          cuda::nla_whole_forward(problem(x), as<float>(s), as<float>(z), as<void>(stream));
+        }, nogil);
+  m.def("cuda_norm_linear_attention_whole_backward",
+        [=](const Arguments& x, Pointer s, Pointer z, Pointer s_grad, Pointer z_grad, Pointer d, Pointer dd, Pointer dparams,
+            Pointer dpowers, Pointer ds, Pointer dz, Pointer stream) {
+          cuda::nla_whole_backward(problem(x), as<const float>(s), as<const float>(z), as<const float>(s_grad),
+                                   as<const float>(z_grad), as<float>(d), as<float>(dd), as<float>(dparams),
+                                   as<float>(dpowers), as<float>(ds), as<float>(dz), as<void>(stream));
+        }, nogil);
 }
 
 }  // namespace

@@ -172,6 +172,19 @@ void nla_grad_state(const NormLinearAttention<float>& x, NlaSlots parts, std::in
 void nla_keys(const NormLinearAttention<float>& x, NlaSlots tiles, std::int64_t part, std::int64_t each, const float* d,
               const float* dd, const float* ds, const float* dz, float* dparams, void* stream);
 
+// Whole passes, a block per sequence and kv head with the state kept in it: one launch each, no parts.
+// Whether there is room for that: where tensor cores multiply, dim and v_dim up to 64.
+bool nla_whole_fits(const NormLinearAttention<float>& x);
+// o, and the state after all tokens, s and z, which may be x.s0 and x.z0.
+void nla_whole_forward(const NormLinearAttention<float>& x, float* s, float* z, void* stream);
+// dq, dk, dv and, with a gate, dgate; ds, dz, of s0 and z0. s, z: what forward left, read in the bidirectional form; s_grad,
+// z_grad: their gradients or null; d, dd: room for [batch * queries, q_heads]. dparams [tiles of queries, q_heads, 3], pola
+// [tiles of queries, q_heads, dim] and dpowers [tiles of keys, kv_heads, dim]: of tiles of kNlaMmaTokens, those of sequence s from
+// s ceil(tokens / kNlaMmaTokens) on, packed from offsets[s] / kNlaMmaTokens + s on; those of no tokens are not written.
+void nla_whole_backward(const NormLinearAttention<float>& x, const float* s, const float* z, const float* s_grad,
+                        const float* z_grad, float* d, float* dd, float* dparams, float* dpowers, float* ds, float* dz,
+                        void* stream);
+
 }  // namespace cuda
 
 }  // namespace pyelastic

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 PLANTED = ROOT / "build" / "planted"
@@ -91,6 +92,7 @@ def run_norm_linear_attention() -> None:
     import torch
 
     import pyelastic
+    from pyelastic.ops import _norm_linear_attention_cuda
 
     cu = torch.tensor([0, 130, 130, 140], device="cuda")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -107,6 +109,27 @@ def run_norm_linear_attention() -> None:
             power = torch.full((2, 20), 2.0, device="cuda", requires_grad=True)
             o = pyelastic.polaformer_attention(q[:, :, :2], k, v[..., :34], power, causal=causal, backend="cuda")
             o.float().sum().backward()
+    with mock.patch.object(_norm_linear_attention_cuda, "WHOLE_HEADS", 0):
+        run_norm_linear_attention_whole()
+
+
+def run_norm_linear_attention_whole(device: str = "cuda") -> None:
+    """A block per sequence and kv head."""
+    import torch
+
+    import pyelastic
+
+    cu = torch.tensor([0, 130, 130, 140], device=device)
+    for causal in (False, True):
+        for d, dv in ((24, 40), (64, 64)):
+            widths = ((4, d), (2, d), (2, dv), (4, dv))
+            q, k, v, gate = (torch.randn(1, 140, *w, device=device, dtype=torch.bfloat16) for w in widths)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            for options in ({"rope": "num", "gate": gate}, {"mode": "cos", "cu_seqlens": cu}, {"rope": "both"}):
+                o, state = pyelastic.norm_linear_attention(
+                    *leaves, causal=causal, output_final_state=True, backend="cuda", **options
+                )
+                (o.float().sum() + state.s.sum() + state.z.sum()).backward()
 
 
 def run_fira(device: str = "cuda") -> None:

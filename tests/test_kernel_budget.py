@@ -26,7 +26,8 @@ MATRIX += tuple(f"triton fira {stem}" for stem in FIRA)
 MATRIX += ("maxsim forward", "maxsim smooth_", "maxsim grad_documents")
 MATRIX += ("cuda sweep<Mma", "projection_linear_mma", "triton projection linear")
 MATRIX += tuple(f"norm_linear_attention {stem}" for stem in ("state", "forward", "grad_"))
-MATRIX += tuple(f"cuda nla_{stem}_mma<" for stem in ("state", "forward", "queries", "grad_state", "keys"))
+PASSES = ("state", "forward", "queries", "grad_state", "keys", "whole_forward", "whole_backward")
+MATRIX += tuple(f"cuda nla_{stem}_mma<" for stem in PASSES)
 
 
 @functools.cache

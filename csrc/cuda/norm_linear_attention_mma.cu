@@ -52,39 +52,9 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   if (first >= at.length) return;
   const Met met = keys_met(x, at, first, part, kMmaTile, kAlone);
   const int slot = state_slot(x, at, first, part, each, kv);
-  const float* const sums = kAlone ? nullptr : z + state_at(slot, width.features);
-  const bool known = make_queries(x, width, f, tiles, at, first, met, head, kv, sums, false);
-  float out[kPairs<kWide>][2][4];
-  clear(out);
-  if (!kAlone) multiply_state(width, f, tiles, s + state_at(slot, width.features * width.v_dim), out);
-  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
-    make_features<false>(x, x.k, met.at, other, kv, x.sin != nullptr, width, tiles.others, NoLook{});
-    load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
-    weigh_keys(width, f, tiles, ahead_of(x, first, other), true, !known);
-    multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
-    __syncthreads();
-  }
-  const bool aligned = aligned_16(x.o);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = f.row + f.g + 8 * r;
-    const std::int64_t token = first + row;
-    if (token >= at.length) continue;
-    const float d = tiles.d[row] + effective_eps(x, at, token);
-    Bits* const to = row_of<Bits>(x.o, at, token, head);
-#pragma unroll
-    for (int i = 0; i < 2 * kPairs<kWide>; ++i) {
-      const int c = 16 * (f.half + i / 2 * 2) + i % 2 * 8 + 2 * f.t;
-      if (c >= width.v_dim) continue;
-      float low = out[i / 2][i % 2][2 * r] / d, high = out[i / 2][i % 2][2 * r + 1] / d;
-      if (x.gate.data != nullptr) {
-        const float a = gate_value(x, at, token, head, c), b = gate_value(x, at, token, head, c + 1);
-        low *= a * sigmoid(a);
-        high *= b * sigmoid(b);
-      }
-      store_pair(to + c, low, high, aligned);
-    }
-  }
+  const StateFar state{kAlone ? nullptr : s + state_at(slot, width.features * width.v_dim),
+                       kAlone ? nullptr : z + state_at(slot, width.features)};
+  forward_tile<kWide, kAlone>(x, width, f, tiles, at, first, met, head, kv, state, NoLook{});
 }
 
 }  // namespace

@@ -199,12 +199,13 @@ struct StateSums {
   static constexpr int kBlocks = kWide ? 2 : 1;
   float s[4 * kBlocks][2][4];
   float* z;  // [16][kMmaThreads]
-  __device__ explicit StateSums(float* room) : z(room) {
+  __device__ explicit StateSums(float* room) : z(room) { reset(); }
+  __device__ __forceinline__ void reset() {
     clear(s);
 #pragma unroll
     for (int i = 0; i < 16; ++i) SumInto{z}.at(i) = 0.0f;
   }
-  // s += features^T values, of 64 tokens.
+  // s += features^T values, of 64 tokens; values [64][kStateLd].
   __device__ __forceinline__ void add(const Widths& width, const Fragment& f, const Bits* features, const Bits* values) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
@@ -226,28 +227,54 @@ struct StateSums {
       }
     }
   }
-  // to_s [features][v_dim] from `column` on; to_z [features] or null.
-  __device__ __forceinline__ void store(const Widths& width, const Fragment& f, int column, float* to_s, float* to_z) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, n = sharers(width.dim);
+  // with(row, column, s of the row's columns column and column + 1) for this thread's elements of [features][columns], the
+  // first of which is column `first`.
+  template <class With>
+  __device__ __forceinline__ void each(const Widths& width, const Fragment& f, int first, int columns, With with) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
     for (int i = 0; i < 8 * kBlocks; ++i) {
-      const int at = column + i / 2 % 4 * 16 + i % 2 * 8 + 2 * f.t, row = 16 * (warp + i / 8 * 8) + f.g;
-      if (row >= width.features || at >= width.v_dim) continue;
-      const float* const x = s[i / 2][i % 2];
+      const int at = first + i / 2 % 4 * 16 + i % 2 * 8 + 2 * f.t, row = 16 * (warp + i / 8 * 8) + f.g;
+      if (row >= width.features || at >= columns) continue;
+      float* const x = s[i / 2][i % 2];
+      with(row, at, x);
+      with(row + 8, at, x + 2);
+    }
+  }
+  // to_s [features][v_dim] from `column` on; to_z [features] or null.
+  __device__ __forceinline__ void store(const Widths& width, const Fragment& f, int column, float* to_s, float* to_z) {
+    each(width, f, column, width.v_dim, [&](int row, int at, const float* x) {
       float* const to = to_s + row * width.v_dim + at;
       to[0] = x[0];
       to[1] = x[1];
-      to[8 * width.v_dim] = x[2];
-      to[8 * width.v_dim + 1] = x[3];
-    }
+    });
     if (to_z == nullptr) return;
     __syncthreads();
+    sum_z(width, nullptr, [&](int r, float sum) { to_z[r] = sum; });
+  }
+  // s += from [features][v_dim], all of whose columns these are.
+  __device__ __forceinline__ void load(const Widths& width, const Fragment& f, const float* from) {
+    each(width, f, 0, width.v_dim, [&](int row, int at, float* x) {
+      x[0] += from[row * width.v_dim + at];
+      x[1] += from[row * width.v_dim + at + 1];
+    });
+  }
+  // s rounded to `to` [features][kStateLd], zeros behind v_dim.
+  __device__ __forceinline__ void round(const Widths& width, const Fragment& f, Bits* to) {
+    each(width, f, 0, kStateColumns, [&](int row, int at, const float* x) {
+      *reinterpret_cast<std::uint32_t*>(to + row * kStateLd + at) = pack(x[0], x[1], BF16{});
+    });
+  }
+  // with(feature, initial [features] or 0 + its sum), by a thread each; after a barrier.
+  template <class With>
+  __device__ __forceinline__ void sum_z(const Widths& width, const float* initial, With with) const {
+    const int n = sharers(width.dim);
     for (int r = static_cast<int>(threadIdx.x); r < width.features; r += kMmaThreads) {
       const int half = r / width.dim, c = r % width.dim;
       const float* const from = z + (8 * half + c % 8) * kMmaThreads + c / 8;
-      float sum = 0;
+      float sum = initial == nullptr ? 0.0f : initial[r];
       for (int thread = 0; thread < kMmaThreads; thread += n) sum += from[thread];
-      to_z[r] = sum;
+      with(r, sum);
     }
   }
 };
@@ -269,6 +296,56 @@ __device__ __forceinline__ std::int64_t state_at(int slot, int size) { return st
 
 __device__ __forceinline__ float gate_value(const Problem& x, const Place& at, std::int64_t token, std::int64_t head, int c) {
   return widen(row_of<const Bits>(x.gate, at, token, head)[c]);
+}
+
+// What a tile reads of the tokens it does not meet, from global memory: s [features][v_dim] and z [features]; null: none.
+struct StateFar {
+  const float *s, *z;
+  template <int kCount>
+  __device__ __forceinline__ void multiply(const Widths& width, const Fragment& f, const Tiles& tiles,
+                                           float (&sums)[kCount][2][4]) const {
+    multiply_state(width, f, tiles, s, sums);
+  }
+};
+
+// o of a tile of queries of a head: of the state, unless kAlone, and of the keys it meets. look: of the features of those keys,
+// once each, which, the last tile's, stay in `others` turned, their values in `values`.
+template <bool kWide, bool kAlone, class State, class Look>
+__device__ __forceinline__ void forward_tile(const Problem& x, const Widths& width, const Fragment& f, const Tiles& tiles,
+                                             const Place& at, std::int64_t first, const Met& met, std::int64_t head,
+                                             std::int64_t kv, const State& state, Look look) {
+  const bool known = make_queries(x, width, f, tiles, at, first, met, head, kv, kAlone ? nullptr : state.z, false);
+  float out[kPairs<kWide>][2][4];
+  clear(out);
+  if (!kAlone) state.multiply(width, f, tiles, out);
+  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
+    make_features<false>(x, x.k, met.at, other, kv, x.sin != nullptr, width, tiles.others, look);
+    load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
+    weigh_keys(width, f, tiles, ahead_of(x, first, other), true, !known);
+    multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
+    __syncthreads();
+  }
+  const bool aligned = aligned_16(x.o);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = f.row + f.g + 8 * r;
+    const std::int64_t token = first + row;
+    if (token >= at.length) continue;
+    const float d = tiles.d[row] + effective_eps(x, at, token);
+    Bits* const to = row_of<Bits>(x.o, at, token, head);
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs<kWide>; ++i) {
+      const int c = 16 * (f.half + i / 2 * 2) + i % 2 * 8 + 2 * f.t;
+      if (c >= width.v_dim) continue;
+      float low = out[i / 2][i % 2][2 * r] / d, high = out[i / 2][i % 2][2 * r + 1] / d;
+      if (x.gate.data != nullptr) {
+        const float a = gate_value(x, at, token, head, c), b = gate_value(x, at, token, head, c + 1);
+        low *= a * sigmoid(a);
+        high *= b * sigmoid(b);
+      }
+      store_pair(to + c, low, high, aligned);
+    }
+  }
 }
 
 // run(wide, alone) with both as types. Alone is a kernel of its own, as both orders in one would spill.

@@ -6,7 +6,7 @@
 // undone in place. It goes through shared memory once, where threads take eight channels of a row to make dq or dk. Rounded
 // to bfloat16, once, for the products: y = g / D, features, weights, states, and dD where it is a weight.
 #include "norm_linear_attention_mma.h"
-#include "norm_linear_attention_mma_backward.cuh"
+#include "norm_linear_attention_mma_tiles.cuh"
 
 namespace pyelastic {
 namespace cuda {
@@ -28,80 +28,10 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   if (first >= at.length) return;
   const Met met = keys_met(x, at, first, part, kMmaTile, kAlone);
   const int slot = state_slot(x, at, first, part, each, kv);
-  const float* const state = kAlone ? nullptr : s + state_at(slot, width.features * width.v_dim);
-  if (!kAlone) z += state_at(slot, width.features);
-  const bool rope = x.sin != nullptr;
-  make_queries(x, width, f, tiles, at, first, met, head, kv, z, true);
-  if (threadIdx.x < kMmaTile) {
-    const std::int64_t token = first + threadIdx.x;
-    const bool there = token < at.length;
-    const float d = there ? tiles.d[threadIdx.x] + effective_eps(x, at, token) : 1.0f;
-    tiles.d[threadIdx.x] = d;
-    if (there) d_out[query_row(x, at, token, head)] = d;
-  }
-  __syncthreads();
-  make_gradient(x, at, first, head, 0, width.ldv - 8, width.v_dim, tiles.side, width.ldv,
-                [&](int row) { return tiles.d[row]; });
-  if (x.dgate.data != nullptr) {
-    float out[kPairs<kWide>][2][4];
-    clear(out);
-    if (!kAlone) multiply_state(width, f, tiles, state, out);
-    for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
-      make_features<false>(x, x.k, met.at, other, kv, rope, width, tiles.others, NoLook{});
-      load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
-      weigh_keys(width, f, tiles, ahead_of(x, first, other), true, false);
-      multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
-      __syncthreads();
-    }
-#pragma unroll
-    for (int n = 0; n < 8 * kPairs<kWide>; ++n) {
-      const int i = n / 8, tile = n / 4 % 2, row = f.row + f.g + n / 2 % 2 * 8;
-      const int c = 16 * (f.half + 2 * i) + 8 * tile + 2 * f.t + n % 2;
-      const std::int64_t token = first + row;
-      if (token >= at.length || c >= width.v_dim) continue;
-      const float g = gate_value(x, at, token, head, c), sig = sigmoid(g);
-      const float up = widen(row_of<const Bits>(x.o, at, token, head)[c]);
-      const float made = up * (out[i][tile][n % 4] / tiles.d[row]) * sig * (1.0f + g * (1.0f - sig));
-      row_of<Bits>(x.dgate, at, token, head)[c] = static_cast<Bits>(pack(made, 0.0f, BF16{}));
-    }
-  }
-  Back<kWide> back;
-  if (!kAlone) back.add_state(width, f, tiles.side, state, tiles.values);
-  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
-    __syncthreads();
-    make_features<false>(x, x.k, met.at, other, kv, rope, width, tiles.others, NoLook{});
-    load_values(x.v, met.at, other, kv, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv);
-    __syncthreads();
-    float w[2][2][4];
-    multiply_tokens(f, tiles.side, tiles.values, width.ldv, width.ldv - 8, w);
-    mask_tokens<true>(f, ahead_of(x, first, other), w);
-    store_tokens(f, w, tiles.weights);
-    __syncthreads();
-    back.add_tokens(width, f, tiles.weights, tiles.others);
-  }
-  back.dot_rows(width, f, tiles.Tiles::own, tiles.sums);
-  __syncthreads();
-  if (threadIdx.x < kMmaTile) {
-    const float dd = -(tiles.sums[threadIdx.x] + tiles.sums[kMmaTile + threadIdx.x]) / tiles.d[threadIdx.x];
-    tiles.dd[threadIdx.x] = dd;
-    if (first + threadIdx.x < at.length) dd_out[query_row(x, at, first + threadIdx.x, head)] = dd;
-  }
-  if (rope && !x.rope_both) back.turn_back(x, width, f, at, first);
-  __syncthreads();  // dd
-  if (!kAlone) back.add_rows(width, f, tiles.dd, z);
-  for (std::int64_t other = met.first; other < met.end; other += kMmaTile) {
-    __syncthreads();
-    make_features<false>(x, x.k, met.at, other, kv, x.rope_both && rope, width, tiles.others, NoLook{});
-    store_meeting(ahead_of(x, first, other), true, tiles.weights, [&](int row, int) { return tiles.dd[row]; });
-    __syncthreads();
-    back.add_tokens(width, f, tiles.weights, tiles.others);
-  }
-  if (rope && x.rope_both) back.turn_back(x, width, f, at, first);
-  __syncthreads();
-  back.store(width, f, tiles.h);
-  __syncthreads();
-  query_gradients(x, width, at, first, head, tiles,
-                  dparams + (static_cast<std::int64_t>(blockIdx.x) * x.q_heads + head) * (is_pola(x.map) ? width.dim : 3));
+  const StateBehind state{{kAlone ? nullptr : s + state_at(slot, width.features * width.v_dim),
+                           kAlone ? nullptr : z + state_at(slot, width.features)}};
+  queries_tile<kWide, kAlone>(x, width, f, tiles, at, first, met, head, kv, state, d_out, dd_out, [] {},
+                              dparams + (static_cast<std::int64_t>(blockIdx.x) * x.q_heads + head) * params_of(x));
 }
 
 template <bool kWide>
@@ -121,18 +51,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   StateSums<kWide> sums(shared);
   for (std::int64_t token = first; token < at.length; token += kMmaTile) {
     __syncthreads();
-    const float* const dd = dd_in + query_row(x, at, token, head);
-    make_features<true>(x, x.q, at, token, head, x.sin != nullptr, width, queries,
-                        [&](int row, int, const float(&upper)[8], const float(&lower)[8]) {
-                          const float scale = token + row < at.length ? dd[row * x.q_heads] : 0.0f;
-#pragma unroll
-                          for (int i = 0; i < 8; ++i) {
-                            SumInto{shared}.at(i) += scale * upper[i];
-                            SumInto{shared}.at(8 + i) += scale * lower[i];
-                          }
-                        });
-    const float* const d = d_in + query_row(x, at, token, head);
-    make_gradient(x, at, token, head, column, kStateColumns, width.v_dim, y, kStateLd, [&](int row) { return d[row * x.q_heads]; });
+    make_grad_tile(x, width, at, token, head, d_in, dd_in, column, queries, y, shared);
     __syncthreads();
     sums.add(width, f, queries, y);
   }
@@ -149,97 +68,16 @@ __global__ void __launch_bounds__(kMmaThreads, kWide ? 1 : 2)
   const Widths width(x);
   const Fragment f;
   const BackTiles tiles(shared, width, x.causal || kAlone);
-  const int kv = static_cast<int>(blockIdx.y), group = static_cast<int>(x.q_heads) / static_cast<int>(x.kv_heads);
+  const int kv = static_cast<int>(blockIdx.y);
   const Place at = locate(x, pieces, x.keys, kAlone);
   const std::int64_t first = at.part * kMmaTile;
   if (first >= at.length) return;
   const int slot = state_slot(x, at, first, part, each, kv);
-  const float* const state = kAlone ? nullptr : ds + state_at(slot, width.features * width.v_dim);
   const Met met = queries_met(x, at, first, part, kAlone);
-  const int span = static_cast<int>(met.end - met.first);
-  const bool rope = x.sin != nullptr;
-  const auto meet = [&](auto what) {  // begins with a barrier, if there is any
-    // One loop, and kAlone wherever it decides: narrow heads have no register left.
-#pragma unroll 1
-    for (int head = kv * group, after = 0; head < kv * group + group && (kAlone || after < span);) {
-      __syncthreads();
-      what(head, (kAlone ? met.first : first) + after, kAlone && !x.causal ? -kMmaTile : -after);
-      __syncthreads();
-      after += kMmaTile;
-      if (after >= span) after = 0, ++head;
-    }
-  };
-  const auto make_y = [&](int head, std::int64_t other) {  // ends with a barrier
-    const float* const d = d_in + query_row(x, met.at, other, head);
-    make_gradient(x, met.at, other, head, 0, width.ldv - 8, width.v_dim, tiles.values, width.ldv,
-                  [&](int row) { return d[row * x.q_heads]; });
-    __syncthreads();
-  };
-  make_features<false>(x, x.k, at, first, kv, rope, width, tiles.Tiles::own, NoLook{});
-  load_values(x.v, at, first, kv, 0, width.ldv - 8, width.v_dim, tiles.side, width.ldv);
-  {
-    float out[kPairs<kWide>][2][4];
-    clear(out);
-    if (!kAlone) multiply_state(width, f, tiles, state, out);
-    meet([&](int head, std::int64_t other, int ahead) {
-      make_features<true>(x, x.q, met.at, other, head, rope, width, tiles.others, NoLook{});
-      make_y(head, other);
-      float w[2][2][4];
-      multiply_tokens(f, tiles.Tiles::own, tiles.others, width.ldf, width.features, w);
-      mask_tokens<false>(f, ahead, w);
-      store_tokens(f, w, tiles.weights);
-      __syncthreads();
-      multiply_rows(f, tiles.weights, kWeightsLd, tiles.values, width.ldv, kMmaTile, width.v_dim, out);
-    });
-    const bool aligned = aligned_16(x.dv);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const std::int64_t token = first + f.row + f.g + 8 * r;
-      if (token >= at.length) continue;
-      Bits* const to = row_of<Bits>(x.dv, at, token, kv);
-#pragma unroll
-      for (int n = 0; n < 2 * kPairs<kWide>; ++n) {
-        const int i = n / 2, tile = n % 2, c = 16 * (f.half + 2 * i) + 8 * tile + 2 * f.t;
-        if (c < width.v_dim) store_pair(to + c, out[i][tile][2 * r], out[i][tile][2 * r + 1], aligned);
-      }
-    }
-  }
-  Back<kWide> back;
-  if (!kAlone) back.add_state(width, f, tiles.side, state, tiles.values);
-  const auto add_queries = [&](bool numerator) {
-    meet([&](int head, std::int64_t other, int ahead) {
-      make_features<true>(x, x.q, met.at, other, head, rope && (numerator || x.rope_both), width, tiles.others, NoLook{});
-      if (numerator) {
-        make_y(head, other);
-        float w[2][2][4];
-        multiply_tokens(f, tiles.side, tiles.values, width.ldv, width.ldv - 8, w);
-        mask_tokens<false>(f, ahead, w);
-        store_tokens(f, w, tiles.weights);
-      } else {
-        const float* const dd = dd_in + query_row(x, met.at, other, head);
-        store_meeting(ahead, false, tiles.weights,
-                      [&](int, int column) { return other + column < met.at.length ? dd[column * x.q_heads] : 0.0f; });
-      }
-      __syncthreads();
-      back.add_tokens(width, f, tiles.weights, tiles.others);
-    });
-    if (!numerator) return;
-    if (rope && !x.rope_both) back.turn_back(x, width, f, at, first);
-    if (!kAlone) back.add_rows(width, f, nullptr, dz + state_at(slot, width.features));
-  };
-  if constexpr (kAlone) {  // one loop, as two would spill; the other way round with states
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) add_queries(pass == 0);
-  } else {
-    add_queries(true);
-    add_queries(false);
-  }
-  if (rope && x.rope_both) back.turn_back(x, width, f, at, first);
-  __syncthreads();
-  back.store(width, f, tiles.h);
-  __syncthreads();
-  key_gradients(x, width, at, first, kv, tiles,
-                dparams + (static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + kv) * width.dim);
+  const StateBehind state{{kAlone ? nullptr : ds + state_at(slot, width.features * width.v_dim),
+                           kAlone ? nullptr : dz + state_at(slot, width.features)}};
+  keys_tile<kWide, kAlone>(x, width, f, tiles, at, first, met, kv, state, d_in, dd_in,
+                           dparams + (static_cast<std::int64_t>(blockIdx.x) * x.kv_heads + kv) * width.dim);
 }
 
 }  // namespace

@@ -71,6 +71,26 @@ struct Back {
     }
   }
 
+  // The same of a state in shared memory, rounded, [features + 8][ldv].
+  __device__ __forceinline__ void add_near(const Widths& width, const Fragment& f, const Bits* left, const Bits* state) {
+    __syncthreads();
+#pragma unroll 1
+    for (int k = 0; k < width.ldv - 8; k += 16) {
+      std::uint32_t a[4];
+      fragment_a(a, left + f.row * width.ldv + k, width.ldv, f.lane);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int row = 16 * (f.half + 2 * i);
+        if (row >= width.dim) continue;
+        std::uint32_t b[4];
+        fragment_b(b, state + row * width.ldv + k, width.ldv, f.lane);
+        multiply(upper[i], a, b);
+        fragment_b(b, state + (width.dim + row) * width.ldv + k, width.ldv, f.lane);
+        multiply(lower[i], a, b);
+      }
+    }
+  }
+
   // += weights [64][64] features of others [64][2 d].
   __device__ __forceinline__ void add_tokens(const Widths& width, const Fragment& f, const Bits* weights, const Bits* others) {
 #pragma unroll 1

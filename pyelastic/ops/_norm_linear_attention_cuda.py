@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,10 @@ from pyelastic.ops._binding import pointer
 from pyelastic.ops._norm_linear_attention import Inputs
 from pyelastic.ops._norm_linear_attention_gpu import Pair, Pieces, Read
 
+# Sequences x kv heads from which a block for each, with the state kept in it, beats parts: two for each of an H100's or
+# H200's 132 multiprocessors, an estimate, not measured; the same on every device, so that no bit depends on it.
+WHOLE_HEADS = 256
+
 
 class _Problem(gpu.GpuProblem):
     def __init__(self, inputs: Inputs) -> None:
@@ -22,6 +27,8 @@ class _Problem(gpu.GpuProblem):
         self.stream = 0 if emulated else torch.cuda.current_stream(self.device).cuda_stream
         self.problem = self.x.problem()
         self.tile = self.module.cuda_norm_linear_attention_tile(self.problem)
+        many = self.x.sequences * self.kv_heads >= WHOLE_HEADS
+        self.whole = many and not self.alone and self.module.cuda_norm_linear_attention_whole(self.problem)
 
     def call(self, name: str, *arguments: Any) -> None:
         plain = (pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
@@ -30,6 +37,14 @@ class _Problem(gpu.GpuProblem):
     @staticmethod
     def places(pieces: Pieces) -> tuple[int, int, int, int]:
         return (pieces.total, pieces.each, pointer(pieces.sequence), pointer(pieces.place))
+
+    def run_whole_forward(self, o: Tensor, whole: Pair) -> None:
+        self.problem = self.x.problem(o)
+        self.call("whole_forward", *whole)
+
+    def run_whole_backward(self, grad: Tensor, made: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
+        self.problem = self.x.problem(grad, made)
+        self.call("whole_backward", *tensors)
 
     def run_state(self, pieces: Pieces, parts: Pair) -> None:
         self.call("state", self.places(pieces), self.part, *parts)

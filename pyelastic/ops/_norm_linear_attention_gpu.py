@@ -6,6 +6,7 @@ works on which of them is computed on the device. Algorithm: triton_kernels/norm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class GpuProblem:
     """A call's tensors as the kernels take them."""
 
     tile: int  # tokens, set by the backend
+    whole = False  # whether a pass is one launch, a block per sequence and kv head, as the backend decides
 
     def __init__(self, inputs: Inputs) -> None:
         self.x = x = inputs.detached().readable()
@@ -91,6 +93,12 @@ class GpuProblem:
     def run_keys(self, pieces: Pieces, *tensors: Tensor | None) -> None:
         raise NotImplementedError
 
+    def run_whole_forward(self, o: Tensor, whole: Pair) -> None:
+        raise NotImplementedError
+
+    def run_whole_backward(self, grad: Tensor, made: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
+        raise NotImplementedError
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
@@ -98,13 +106,14 @@ class GpuProblem:
         """Parts of a sequence that is not packed."""
         return -(-tokens // self.part)
 
+    def count(self, tokens: int, size: int) -> int:
+        """Pieces of all sequences. Packed, each's begin at offset // size + its number."""
+        return self.x.sequences * -(-tokens // size) if self.x.cu_seqlens is None else tokens // size + self.x.sequences
+
     def pieces(self, tokens: int, size: int) -> Pieces:
-        each = -(-tokens // size)
-        offsets = self.x.cu_seqlens
+        count, each, offsets = self.count(tokens, size), -(-tokens // size), self.x.cu_seqlens
         if offsets is None:
-            return Pieces(self.x.sequences * each, each, None, None)
-        # A sequence's pieces begin at offset // size + its number: there is always room for those before it.
-        count = tokens // size + self.x.sequences
+            return Pieces(count, each, None, None)
         slots = torch.arange(count, device=self.device)
         firsts = offsets[:-1] // size + torch.arange(self.x.sequences, device=self.device)
         sequence = torch.searchsorted(firsts, slots, right=True) - 1
@@ -156,6 +165,10 @@ class GpuProblem:
         return (parts if self.x.causal else whole), whole
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.whole:
+            o, whole = self.x.empty_output(), self.slots(self.x.sequences, self.kv_heads)
+            self.run_whole_forward(o, whole)
+            return o, *whole
         read: Read
         read, whole = ((None, None), (self.empty(0), self.empty(0))) if self.alone else self.states()
         o = self.x.empty_output()
@@ -175,36 +188,55 @@ class GpuProblem:
         whole = self.scan(parts, given, self.n, True)
         return (parts if self.x.causal else whole), whole
 
+    def backward_of_parts(
+        self,
+        s: Tensor,
+        z: Tensor,
+        grad: Tensor,
+        given: Read,
+        of_queries: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+        of_keys: tuple[Tensor, Tensor, Tensor],
+    ) -> Pair:
+        """Fill (dq, dgate, d, dd, dparams) and (dk, dv, dpowers); return the gradients of the initial state."""
+        read: Read = (None, None)
+        if not self.alone:
+            read = self.states()[0] if self.x.causal else self.widened((s.contiguous(), z.contiguous()))
+        dq, _, d, dd, dparams = of_queries
+        if dq.numel():
+            self.run_queries(self.pieces(self.n, self.tile), read, grad, *of_queries)
+        after: Read = (None, None)
+        whole = self.empty(0), self.empty(0)
+        if not self.alone:
+            after, whole = self.grad_states(grad, d, dd, dparams, given)
+        dk, dv, dpowers = of_keys
+        if dk.numel():
+            self.run_keys(self.pieces(self.m, self.tile), grad, d, dd, *after, dk, dv, dpowers)
+        return whole
+
     def backward(
         self, s: Tensor, z: Tensor, grad: Tensor, grad_s: Tensor | None, grad_z: Tensor | None
     ) -> list[Tensor]:
         x = self.x
-        read: Read = (None, None)
-        if not self.alone:
-            read = self.states()[0] if x.causal else self.widened((s.contiguous(), z.contiguous()))
         dtype = x.q.dtype
         grad = last_contiguous(grad)
         dq, dk, dv = (empty_like(t, t.shape[3]) for t in (x.q, x.k, x.v))
-        dgate = empty_like(x.gate, self.dv) if x.gate is not None else self.empty(0, dtype=dtype)
+        dgate = empty_like(x.gate, self.dv) if x.gate is not None else None
         rows = self.batch * self.n
         d, dd = self.empty(rows, self.heads), self.empty(rows, self.heads)
-        tiles = self.pieces(self.n, self.tile)
+        count = self.count(self.n, self.tile)
         # Tiles of packed sequences that have no tokens write nothing.
-        shape = (rows, self.heads, 1) if x.map == MALA else (tiles.total, self.heads, self.d if x.pola else 3)
+        shape = (rows, self.heads, 1) if x.map == MALA else (count, self.heads, self.d if x.pola else 3)
         dparams = torch.zeros(shape, device=self.device)
-        if dq.numel():
-            self.run_queries(tiles, read, grad, dq, dgate if x.gate is not None else None, d, dd, dparams)
-        after: Read = (None, None)
-        if self.alone:
-            whole = self.empty(0), self.empty(0)
+        dpowers = torch.zeros(self.count(self.m, self.tile) if x.pola else 0, self.kv_heads, self.d, device=self.device)
+        if self.whole:
+            whole = self.slots(x.sequences, self.kv_heads)
+            read = [t if t is None else t.contiguous() for t in (s, z, grad_s, grad_z)]
+            self.run_whole_backward(grad, (dq, dk, dv, dgate), *read, d, dd, dparams, dpowers, *whole)
         else:
-            after, whole = self.grad_states(grad, d, dd, dparams, (grad_s, grad_z))
-        tiles = self.pieces(self.m, self.tile)
-        dpowers = torch.zeros(tiles.total if x.pola else 0, self.kv_heads, self.d, device=self.device)
-        if dk.numel():
-            self.run_keys(tiles, grad, d, dd, *after, dk, dv, dpowers)
+            whole = self.backward_of_parts(s, z, grad, (grad_s, grad_z), (dq, dgate, d, dd, dparams), (dk, dv, dpowers))
         total = dparams.sum(0) + dpowers.sum(0) if x.pola else dparams.sum(0).mT.contiguous()
-        return [dq, dk, dv, total, dgate, *self.narrowed(whole)]
+        none = self.empty(0, dtype=dtype)
+        return [dq, dk, dv, total, none if dgate is None else dgate, *self.narrowed(whole)]
 
 
 def forward(problem: type[GpuProblem], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
