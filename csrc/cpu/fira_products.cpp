@@ -93,12 +93,6 @@ inline const std::uint16_t* line(const void* data, Dtype dtype, Int at, Int n, s
   store_segment(room, Dtype::bfloat16, 0, n, segment(data, dtype, at, n, wide));
   return room;
 }
-inline const float* as_floats(const float* x, Int, float*) { return x; }
-inline const float* as_floats(const std::uint16_t* x, Int n, float* room) {
-  load_segment(x, Dtype::bfloat16, 0, n, room);
-  return room;
-}
-
 inline float pack(const float* x) { return *x; }
 inline std::uint32_t pack(const std::uint16_t* x) { return x[0] | static_cast<std::uint32_t>(x[1]) << 16; }
 inline float pack(float x, float) { return x; }
@@ -112,14 +106,13 @@ struct Matrix {
 };
 
 // Packs columns first .. first + count - 1 of rows k0 .. k0 + depth - 1, where the rows are the depth, into panels of
-// kWidth columns, `pitch` elements apart. look(column, n, floats) sees every element of rows once.
+// kWidth columns, `pitch` elements apart. look(column, n, line) sees every element of rows once.
 template <class Kind, Int kWidth, class Look>
 void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
                  const Look& look) {
   using Source = typename Kind::Source;
   constexpr Int kLine = kSegment / kWidth * kWidth;
   Source room[2][kSegment];
-  float wide[kSegment];
   const Source zeros[kSegment] = {};
   for (Int k = 0; k < depth; k += Kind::depth) {
     for (Int at = 0; at < count; at += kLine) {
@@ -127,7 +120,7 @@ void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typen
       const Source* lines[2] = {zeros, zeros};
       for (Int i = 0; i < Kind::depth && k + i < depth; ++i) {
         lines[i] = line(x.data, x.dtype, (k0 + k + i) * x.stride + first + at, n, room[i]);
-        look(at, n, as_floats(lines[i], n, wide));
+        look(at, n, lines[i]);
       }
       typename Kind::Element* to = out + at / kWidth * pitch + k / Kind::depth * kWidth;
       Int j = 0;
@@ -140,14 +133,13 @@ void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typen
   }
 }
 
-// The same of rows first .. first + count - 1, where the columns k0 .. k0 + depth - 1 are the depth. look(row, n, floats).
+// The same of rows first .. first + count - 1, where the columns k0 .. k0 + depth - 1 are the depth. look(row, n, line).
 template <class Kind, Int kWidth, class Look>
 void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
                 const Look& look) {
   using Source = typename Kind::Source;
   static_assert(kDepth <= kSegment, "a line is a segment");
   Source room[kWidth][kDepth + 2];
-  float wide[kSegment];
   const Source zeros[kDepth + 2] = {};
   for (Int row = 0; row < count; row += kWidth, out += pitch) {
     for (Int k = 0; k < depth; k += kDepth) {
@@ -157,7 +149,7 @@ void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typena
         lines[i] = zeros;
         if (row + i >= count) continue;
         lines[i] = line(x.data, x.dtype, (first + row + i) * x.stride + k0 + k, n, room[i]);
-        look(row + i, n, as_floats(lines[i], n, wide));
+        look(row + i, n, lines[i]);
       }
       typename Kind::Element* to = out + k / Kind::depth * kWidth;
       for (Int e = 0; e < whole; ++e, to += kWidth) {
@@ -197,7 +189,7 @@ class Ahead {
   Int pitch_, width_, rows_, each_, at_ = 0;
 };
 
-const auto kLookAway = [](Int, Int, const float*) {};
+const auto kLookAway = [](Int, Int, const auto*) {};
 
 // `count` columns or rows in blocks of at most `most`, whose number is a multiple of the threads where they are many.
 Int block_width(Int count, Int most, Int unit, int threads) {
@@ -264,7 +256,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
         const Element* basis_step = packed + s * parts * elements * width;
         if (p.left) {
           pack_across<Kind, kPanel>(g, at, count, k0, depth, x, pitch,
-                                    [&](Int j, Int n, const float* row) { add_squares(row, n, part + j); });
+                                    [&](Int j, Int n, const auto* row) { add_squares(row, n, part + j); });
           flush(part, count, sums);
           for (Int i = 0; i < p.rank; i += kGroup) {
             for (Int j = 0; j < count; j += kPanel) {
@@ -274,7 +266,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* 
           }
         } else {
           pack_along<Kind, kGroup>(g, at, count, k0, depth, x, pitch,
-                                   [&](Int i, Int n, const float* row) { sums[i] += sum_squares(row, n); });
+                                   [&](Int i, Int n, const auto* row) { sums[i] += sum_squares(row, n); });
           for (Int i = 0; i < count; i += kGroup) {
             for (Int j = 0; j < p.rank; j += kPanel) {
               ahead.fetch();

@@ -65,23 +65,29 @@ inline const T* segment(const void* data, Dtype dtype, std::int64_t at, std::int
   return room;
 }
 
-// Sum of squares of n <= kSegment elements, in kLanes partial sums of T.
-template <class T>
-inline double sum_squares(const T* x, std::int64_t n) {
+// An element of a line: of the compute type, or bfloat16 bits.
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(std::uint16_t x) { return bfloat16_to_float(x); }
+
+// Sum of squares of n <= kSegment elements, in kLanes partial sums of the compute type.
+template <class Source>
+inline double sum_squares(const Source* x, std::int64_t n) {
+  using T = decltype(widen(*x));
   T lanes[kLanes] = {};
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+    for (int l = 0; l < kLanes; ++l) lanes[l] += widen(x[i + l]) * widen(x[i + l]);
   }
   double sum = 0;
   for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
-  for (; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  for (; i < n; ++i) sum += static_cast<double>(widen(x[i])) * static_cast<double>(widen(x[i]));
   return sum;
 }
 
-template <class T>
-inline void add_squares(const T* x, std::int64_t n, T* sums) {
-  for (std::int64_t i = 0; i < n; ++i) sums[i] += x[i] * x[i];
+template <class Source, class T>
+inline void add_squares(const Source* x, std::int64_t n, T* sums) {
+  for (std::int64_t i = 0; i < n; ++i) sums[i] += widen(x[i]) * widen(x[i]);
 }
 template <class T>
 inline void flush(T* sums, std::int64_t n, double* to) {
@@ -128,11 +134,35 @@ struct FiraWeights {
   const FiraRounding& rounding;
 };
 
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, std::uint16_t* to) { *to = float_to_bfloat16(x); }
+
+// write_segment of float or bfloat16 elements rounded to nearest, with t, in one loop.
+template <class E>
+inline void write_nearest(const FiraWeights<float>& x, std::int64_t row, std::int64_t at, std::int64_t n, const float* t) {
+  const float size = x.size, keep = x.keep, c = static_cast<float>(x.p.factor);
+  const E* __restrict g = static_cast<const E*>(x.g) + row * x.g_stride + at;
+  E* __restrict w = static_cast<E*>(x.w) + row * x.w_stride + at;
+  if (x.p.left) {
+    const float* f = x.f + at;
+    for (std::int64_t l = 0; l < n; ++l) narrow(keep * (widen(w[l]) - size * (t[l] + f[l] * c * widen(g[l]))), w + l);
+  } else {
+    const float factor = x.f[row] * c;
+    for (std::int64_t l = 0; l < n; ++l) narrow(keep * (widen(w[l]) - size * (t[l] + factor * widen(g[l]))), w + l);
+  }
+}
+
 // Elements at .. at + n - 1 of a row of W, n <= kSegment; t holds C P^T there, or null for 0.
 template <class T>
 inline void write_segment(const FiraWeights<T>& x, std::int64_t row, std::int64_t at, std::int64_t n, const T* t) {
   const FiraProblem& p = x.p;
   const FiraRounding& rounding = x.rounding;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (t != nullptr && !rounding.stochastic && rounding.remainder == nullptr) {
+      if (x.w_dtype == Dtype::float32) return write_nearest<float>(x, row, at, n, t);
+      if (x.w_dtype == Dtype::bfloat16) return write_nearest<std::uint16_t>(x, row, at, n, t);
+    }
+  }
   const T size = x.size, keep = x.keep, c = static_cast<T>(p.factor);
   const std::int64_t element = row * (p.left ? p.vectors : p.dim) + at;
   T g_room[kSegment], w_room[kSegment], rest[kSegment];
