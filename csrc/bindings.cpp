@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "fira.h"
+#include "gemm.h"
 #include "margin_softmax.h"
 #include "maxsim.h"
 #include "projection.h"
@@ -54,6 +55,24 @@ const pyelastic::FiraProducts* fira_products() {
   if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::fira_products;
 #endif
   return nullptr;
+}
+
+// Null where the machine lacks AVX2.
+const pyelastic::Gemm* gemm() {
+#ifdef PYELASTIC_HAVE_X86_ISAS
+  if (pyelastic::isa() >= Isa::avx512) return &pyelastic::avx512::gemm;
+  if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::gemm;
+#endif
+  return nullptr;
+}
+
+bool is_intel() {
+#ifdef PYELASTIC_HAVE_X86_ISAS
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
 }
 
 // (vectors, dim, rank, left, beta1, beta2, eps, factor, correction, a_r, a_n, a_s)
@@ -124,6 +143,17 @@ void bind_fira_products(py::module_& m) {
                                  static_cast<Dtype>(dtype), size, keep, {stochastic, seed, step, as<void>(remainder)},
                                  as<void>(room), threads);
         }, nogil);
+}
+
+void bind_gemm(py::module_& m) {
+  m.def("is_intel", is_intel);
+  m.def("gemm_room", [](Int rows, Int columns) { return gemm() == nullptr ? Int{-1} : gemm()->room(rows, columns); });
+  m.def("gemm",
+        [](Pointer a, Int a_row, Int a_column, Pointer b, Int b_row, Int b_column, Pointer c, Int rows, Int columns,
+           Int depth, bool add, Pointer room, int threads) {
+          gemm()->run({as<const float>(a), a_row, a_column}, {as<const float>(b), b_row, b_column}, as<float>(c), rows,
+                      columns, depth, add, as<void>(room), threads);
+        }, py::call_guard<py::gil_scoped_release>());
 }
 
 template <class T>
@@ -375,6 +405,7 @@ PYBIND11_MODULE(_C, m) {
   bind_fira<float>(m, "_f32");
   bind_fira<double>(m, "_f64");
   bind_fira_products(m);
+  bind_gemm(m);
   bind_margin_softmax<float>(m, "_f32");
   bind_margin_softmax<double>(m, "_f64");
   bind_maxsim<float>(m, "_f32");

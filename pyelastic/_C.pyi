@@ -195,7 +195,15 @@ def fira_apply_f64(
     first: int, rows: int, size: float, keep: float, rounding: tuple[bool, int, int, int], threads: int, /,
 ) -> None: ...
 
-# With AVX-512, where fira_room is not -1: bytes of scratch.
+def is_intel() -> bool: ...
+# With AVX2, where gemm_room is not -1: bytes of scratch.
+def gemm_room(rows: int, columns: int, /) -> int: ...
+def gemm(
+    a: int, a_row: int, a_column: int, b: int, b_row: int, b_column: int, c: int, rows: int, columns: int, depth: int,
+    add: bool, room: int, threads: int, /,
+) -> None: ...
+
+# With AVX2, where fira_room is not -1: bytes of scratch.
 def fira_room(problem: _FiraProblem, dtype: int, /) -> int: ...
 def fira_project(
     problem: _FiraProblem, g: int, dtype: int, g_stride: int, basis: int, p_dtype: int, r: int, squares: int, room: int,

@@ -2,7 +2,8 @@
 
 Two sweeps over the classes (forward, backward), each a loop of: normalise a chunk of class rows, GEMM, one of our
 kernels on the [B, chunk] tile of cosines, and in backward two more GEMMs and the projection of the finished dW rows.
-The GEMMs are torch's own BLAS. The tile is the only array that depends on B and the chunk; B x C never exists.
+The GEMMs are torch's own BLAS or ours (``_gemm``). The tile is the only array that depends on B and the chunk;
+B x C never exists.
 Contract of the kernels: csrc/margin_softmax.h.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.eager.margin_softmax import MOMENTS, RANK, SUM_COS, statistics_dtype
+from pyelastic.ops import _gemm
 from pyelastic.ops._binding import DTYPES, pointer
 
 # Bytes of the tile of cosines and of one chunk of normalised class rows. Small enough to stay in the L2/L3 share of
@@ -134,7 +136,7 @@ class _Problem:
                 index = None if self.rows_of_class is None else self.rows_of_class[begin : begin + width]
                 rows, inverse = self.normalize(self.weight, index, width, begin, unit)
             cosines = tile[: self.batch * width].view(self.batch, width)
-            torch.mm(self.e_hat, rows.t(), out=cosines)
+            _gemm.multiply(self.e_hat, rows.t(), cosines)
             yield _Chunk(first, n, rows, inverse, cosines)
 
     def tile(self) -> Tensor:
@@ -268,15 +270,16 @@ def backward(
         p.call("gradient", *p.tile_arguments(chunk), lse_neg.data_ptr(), grad_lse.data_ptr(),
                pointer(grad_sum), p.threads)  # fmt: skip
         if need_embeddings:
-            for k in range(0, chunk.rows.shape[0], GEMM_DEPTH):
-                part = slice(k, k + GEMM_DEPTH)
-                torch.addmm(d_e, chunk.cosines[:, part], chunk.rows[part], out=d_e)
+            depth = chunk.rows.shape[0] if _gemm.own(chunk.cosines, chunk.rows, d_e) else GEMM_DEPTH
+            for k in range(0, chunk.rows.shape[0], depth):
+                part = slice(k, k + depth)
+                _gemm.multiply(chunk.cosines[:, part], chunk.rows[part], d_e, add=True)
         if not need_weight:
             continue
         begin, width = chunk.first * subcenters, chunk.classes * subcenters
         out = grad_weight[begin : begin + width]
         d_w = out if direct else room[:width]
-        torch.mm(chunk.cosines.t(), p.e_hat, out=d_w)
+        _gemm.multiply(chunk.cosines.t(), p.e_hat, d_w)
         p.call("add_target", w_hat_y.data_ptr(), p.e_hat.data_ptr(), theta.data_ptr(),
                grad_theta_w.data_ptr(), center.data_ptr(), p.batch, p.dim, begin, width, d_w.data_ptr(),
                p.threads)  # fmt: skip

@@ -1,0 +1,85 @@
+// float32 products on CPUs with AVX2 or AVX-512. Contract: ../gemm.h. Packing and micro-kernel: products.h.
+//
+// Depth is cut into steps of kDepth, in their order. In a step the operand of the shorter side is packed once, into `room`, by
+// all threads; each thread then packs a block of the other, which stays in L2, and multiplies: a group of rows of A stays in
+// L1 while the panels of B pass by.
+
+#include "../gemm.h"
+#include "products.h"
+
+namespace pyelastic {
+namespace PYELASTIC_ISA {
+namespace {
+
+// Packs kWidth-wide pieces of rows (A) or columns (B) first .. first + count - 1 of depth k0 .. k0 + depth - 1, kDepth kWidth
+// elements apart. piece: distance of two rows of A or columns of B, deep: of two along the depth.
+template <Int kWidth>
+void pack_pieces(const float* data, Int piece, Int deep, Int first, Int count, Int k0, Int depth, float* out) {
+  if (deep == 1) {
+    pack_along<Floats, kWidth>({data, Dtype::float32, piece}, first, count, k0, depth, out, kDepth * kWidth, kLookAway);
+  } else {
+    pack_across<Floats, kWidth>({data, Dtype::float32, deep}, first, count, k0, depth, out, kDepth * kWidth, kLookAway);
+  }
+}
+
+// Runs body(k0, depth) for each step.
+template <class Body>
+void for_steps(Int depth, const Body& body) {
+  for (Int k0 = 0; k0 < depth; k0 += kDepth) body(k0, least(kDepth, depth - k0));
+}
+
+void run(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns, Int depth, bool add, void* room, int threads) {
+  float* const packed = static_cast<float*>(room);
+  const bool rows_shared = rows <= columns;
+  const Int shared = rows_shared ? rows : columns, other = rows_shared ? columns : rows;
+  const Int width = rows_shared ? kGroup : kPanel, unit = rows_shared ? kPanel : kGroup;
+  const Int block = block_width(other, kBlockElements / kDepth, unit, threads);
+  if (depth == 0 && !add) {
+    for (Int i = 0; i < rows * columns; ++i) c[i] = 0.0f;
+  }
+  for_steps(depth, [&](Int k0, Int step) {
+    const bool onto = add || k0 > 0;
+    parallel_for(ceil_div(shared, width), 4, threads, [&](Int begin, Int end) {
+      const Int first = begin * width, count = least(end * width, shared) - first;
+      float* const to = packed + first * kDepth;
+      if (rows_shared) {
+        pack_pieces<kGroup>(a.data, a.row, a.column, first, count, k0, step, to);
+      } else {
+        pack_pieces<kPanel>(b.data, b.column, b.row, first, count, k0, step, to);
+      }
+    });
+    parallel_for(ceil_div(other, block), 1, threads, [&](Int begin, Int end) {
+      float* const own = static_cast<float*>(thread_scratch(sizeof(float) * static_cast<std::size_t>(block * kDepth)));
+      for (Int at = begin * block; at < least(end * block, other); at += block) {
+        const Int count = least(block, other - at);
+        if (rows_shared) {
+          pack_pieces<kPanel>(b.data, b.column, b.row, at, count, k0, step, own);
+          for (Int i = 0; i < rows; i += kGroup) {
+            for (Int j = 0; j < count; j += kPanel) {
+              multiply_tile(packed + i * kDepth, own + j * kDepth, step, c, i, rows, at + j, columns, onto);
+            }
+          }
+        } else {
+          pack_pieces<kGroup>(a.data, a.row, a.column, at, count, k0, step, own);
+          for (Int j = 0; j < columns; j += kPanel) {
+            for (Int i = 0; i < count; i += kGroup) {
+              multiply_tile(own + i * kDepth, packed + j * kDepth, step, c, at + i, rows, j, columns, onto);
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+Int room(Int rows, Int columns) {
+  const Int shared = rows <= columns ? round_up(rows, kGroup) : round_up(columns, kPanel);
+  return static_cast<Int>(sizeof(float)) * shared * kDepth;
+}
+
+}  // namespace
+
+const Gemm gemm = {room, run};
+
+}  // namespace PYELASTIC_ISA
+}  // namespace pyelastic
