@@ -16,8 +16,10 @@ from pyelastic import _extension
 @lru_cache(maxsize=1)
 def preferred() -> bool:
     """Whether our own products are expected to be faster than torch's."""
+    if _extension.why_not() is not None or not torch.backends.mkl.is_available():
+        return False
     extension = _extension.load()
-    return bool(torch.backends.mkl.is_available() and not extension.is_intel() and extension.gemm_room(1, 1) >= 0)
+    return not extension.is_intel() and extension.gemm_room(1, 1) >= 0
 
 
 def _readable(x: Tensor) -> bool:

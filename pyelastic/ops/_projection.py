@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyelastic.eager.projection import statistics_dtype
+from pyelastic.ops import _gemm
 from pyelastic.ops._binding import rows_of
 
 # Longest sum of one product: a BLAS splits a longer one over its threads, and the bits would depend on their number
@@ -91,6 +92,9 @@ class Kernels:
             out.copy_(product) if fresh else out.add_(product)
             return
         a, b = a.to(self.dtype), b.to(self.dtype)
+        if self.on_cpu and _gemm.own(a, b, out):
+            _gemm.multiply(a, b, out, add=not fresh)
+            return
         depth = a.shape[1]
         step = CPU_DEPTH if self.on_cpu else max(depth, 1)
         if depth == 0 and fresh:
