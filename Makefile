@@ -32,7 +32,7 @@ $(VENV)/emulator.stamp: $(VENV)/environment.stamp $(SOURCES)
 
 # One process a core, whose OpenMP threads give way instead of spinning for their turn.
 test: $(VENV)/build.stamp $(VENV)/emulator.stamp
-	OMP_WAIT_POLICY=PASSIVE PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest -n $(JOBS) --dist loadgroup
+	OMP_WAIT_POLICY=PASSIVE PYELASTIC_TEST_BACKENDS=eager,cpu,cuda$(if $(filter Linux,$(shell uname)),$(COMMA)triton) $(PY) -m pytest -n $(JOBS)
 
 bench: $(VENV)/build.stamp
 	$(PY) -m benchmarks

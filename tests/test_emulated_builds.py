@@ -7,7 +7,6 @@ cases of one test differ more in numbers than in what they touch. ``make sanitiz
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
@@ -18,9 +17,6 @@ ROOT = Path(__file__).parents[1]
 # Without what launches no kernel that other tests do not launch as well.
 TESTS = "cuda and not compile and not errors and not tolerance_proof"
 CASES = os.environ.get("PYELASTIC_TEST_SANITIZED_CASES", "8")
-
-# One process: else each of xdist's starts both runs.
-pytestmark = pytest.mark.xdist_group("emulated_builds")
 
 
 def _library(name: str) -> str:
@@ -37,33 +33,26 @@ def _environment(build: str) -> dict[str, str]:
     return environment
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, under compute-sanitizer")
+@pytest.mark.skipif(emulated.NAME != "plain", reason="already in such a process")
+def test_cuda_kernels_under_sanitizers(tmp_path: Path) -> None:
     """Both builds at once: each is a process on one core."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", TESTS]
     started = {}
     for build in ("asan", "race"):
-        if list(emulated.BUILD.glob(f"_emulator_{build}.*")):
-            log = tmp_path_factory.mktemp(build) / "log"
-            with log.open("wb") as file:
-                draw = ["--cases", CASES, "--draw", build]
-                process = subprocess.Popen(
-                    command + draw, cwd=ROOT, env=_environment(build), stdout=file, stderr=subprocess.STDOUT
-                )
-            started[build] = (process, log)
-    yield started
-    for process, _ in started.values():
-        process.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, under compute-sanitizer")
-@pytest.mark.skipif(emulated.NAME != "plain", reason="already in such a process")
-@pytest.mark.parametrize("build", ["asan", "race"])
-def test_cuda_kernels_under(build: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
-    if build not in runs:
-        pytest.skip("the emulator was not built; make test builds it")
-    process, log = runs[build]
-    status = process.wait(timeout=3600)
-    text = log.read_text()
-    assert status == 0 and " passed" in text.splitlines()[-1], text[-6000:]
+        if not list(emulated.BUILD.glob(f"_emulator_{build}.*")):
+            pytest.skip("the emulator was not built; make test builds it")
+        draw = ["--cases", CASES, "--draw", build]
+        with (tmp_path / build).open("wb") as log:
+            started[build] = subprocess.Popen(
+                command + draw, cwd=ROOT, env=_environment(build), stdout=log, stderr=subprocess.STDOUT
+            )
+    try:
+        for build, process in started.items():
+            status = process.wait(timeout=3600)
+            text = (tmp_path / build).read_text()
+            assert status == 0 and " passed" in text.splitlines()[-1], (build, text[-6000:])
+    finally:
+        for process in started.values():
+            process.kill()

@@ -14,7 +14,6 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("kernel_budget"),  # measured once, by one process
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton and the tools in its wheel"),
 ]
 BUDGET = json.loads(kernel_budget.BUDGET.read_text())

@@ -13,10 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pyelastic import _extension
-
-pytestmark = pytest.mark.xdist_group("packaging")  # one process, one wheel
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "setup.py"
@@ -34,9 +33,21 @@ def _copy(target):
     return target
 
 
+def _once(tmp_path_factory, name, make):
+    """A folder that make(folder) fills, once for all of xdist's processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    done = root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(root / name)
+            done.touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    return _copy(tmp_path_factory.mktemp("source"))
+    return _once(tmp_path_factory, "source", _copy)
 
 
 def _run(command, cwd, **environment):
@@ -63,11 +74,14 @@ def test_setup_py_is_a_short_driver():
 def wheel(source, tmp_path_factory):
     """Built in isolation: pip makes an environment from [build-system] alone, where torch is not. CPU kernels only: the
     checkout's own build has the others."""
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, "."]
-    done = _run(command, source, MAX_JOBS="2", PYELASTIC_CUDA="OFF")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Collecting torch" not in done.stdout
+
+    def build(out):
+        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, "."]
+        done = _run(command, source, MAX_JOBS="2", PYELASTIC_CUDA="OFF")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "Collecting torch" not in done.stdout
+
+    out = _once(tmp_path_factory, "wheel", build)
     return next(out.glob("*.whl"))
 
 
