@@ -167,7 +167,7 @@ Int block_width(Int count, Int most, Int unit, int threads) {
 // Result tile [kGroup, kPanel] of R at (row, column), of which the part inside of [rows, columns] counts.
 template <class Element>
 void multiply_tile(const Element* a, const Element* b, Int depth, float* r, Int row, Int rows, Int column, Int columns,
-                  bool add) {
+                   bool add) {
   float* to = r + row * columns + column;
   if (row + kGroup <= rows && column + kPanel <= columns) return multiply(a, b, depth, to, columns, add);
   float tile[kGroup * kPanel];
