@@ -270,10 +270,7 @@ def backward(
         p.call("gradient", *p.tile_arguments(chunk), lse_neg.data_ptr(), grad_lse.data_ptr(),
                pointer(grad_sum), p.threads)  # fmt: skip
         if need_embeddings:
-            depth = chunk.rows.shape[0] if _gemm.own(chunk.cosines, chunk.rows, d_e) else GEMM_DEPTH
-            for k in range(0, chunk.rows.shape[0], depth):
-                part = slice(k, k + depth)
-                _gemm.multiply(chunk.cosines[:, part], chunk.rows[part], d_e, add=True)
+            _gemm.multiply(chunk.cosines, chunk.rows, d_e, add=True, step=GEMM_DEPTH)
         if not need_weight:
             continue
         begin, width = chunk.first * subcenters, chunk.classes * subcenters

@@ -92,19 +92,7 @@ class Kernels:
             out.copy_(product) if fresh else out.add_(product)
             return
         a, b = a.to(self.dtype), b.to(self.dtype)
-        if self.on_cpu and _gemm.own(a, b, out):
-            _gemm.multiply(a, b, out, add=not fresh)
-            return
-        depth = a.shape[1]
-        step = CPU_DEPTH if self.on_cpu else max(depth, 1)
-        if depth == 0 and fresh:
-            out.zero_()
-        for first in range(0, depth, step):
-            part = (a[:, first : first + step], b[first : first + step])
-            if fresh and first == 0:
-                torch.mm(*part, out=out)
-            else:
-                torch.addmm(out, *part, out=out)
+        _gemm.multiply(a, b, out, add=not fresh, step=CPU_DEPTH if self.on_cpu else None)
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -40,7 +40,7 @@ def test_products(size: tuple[int, int, int], turn_a: bool, turn_b: bool, add: b
     before = torch.randn(rows, columns)
     out = before.clone() if add else torch.full_like(before, float("nan"))
     operands = turned(a, turn_a), turned(b, turn_b)
-    assert _gemm.own(*operands, out)
+    assert _gemm._own(*operands, out)
     _gemm.multiply(*operands, out, add=add)
     want = a.double() @ b.double() + (before.double() if add else 0)
     # Rounding errors of a sum in any order: depth terms, each rounded once more than the sum before it.
