@@ -190,6 +190,21 @@ def calls_of(
     return called
 
 
+def polaformer(tokens: int, d: int, dtype: torch.dtype, causal: bool) -> list[tuple[Tensor, Tensor]]:
+    """(cuda's, eager's in float64) of o and each gradient of polaformer_attention, both of its maps."""
+    random, device = torch.Generator().manual_seed(3), backends.device_of("cuda")
+    given = [torch.randn(1, tokens, 2, w, generator=random).to(dtype) for w in (d, d, 16)]
+    given.append(1 + 2 * torch.rand(2, d, generator=random))
+    upstream, found = torch.randn(1, tokens, 2, 16, generator=random).to(dtype), []
+    for backend in ("cuda", "eager"):
+        exact = backend == "eager"
+        leaves = [(x.double() if exact else x.to(device)).detach().requires_grad_() for x in given]
+        o = pyelastic.polaformer_attention(*leaves, causal=causal, backend=backend, eps=1e-3)
+        o.backward(upstream.to(o))
+        found.append([o.detach(), *(x.grad for x in leaves)])
+    return list(zip(*found, strict=True))
+
+
 def stored(backend: str, case: Case) -> bool:
     """Whether kernels multiply features rounded to bfloat16: on tensor cores (docs/ops)."""
     if case.q.dtype != torch.bfloat16:

@@ -8,7 +8,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import OP, Case, call, calls_of, compare, make, upstream_of
+from norm_linear_attention_cases import OP, Case, call, calls_of, compare, make, polaformer, upstream_of
 from torch import Tensor
 
 import pyelastic
@@ -185,18 +185,9 @@ def test_without_states_widest_heads(alone: list[str], causal: bool, dtype: torc
 @pytest.mark.parametrize(("d", "dtype", "limit"), [(6, torch.float32, 1e-5), (16, torch.bfloat16, 1e-2)])
 def test_without_states_polaformer(alone: list[str], causal: bool, d: int, dtype: torch.dtype, limit: float) -> None:
     """Both of its maps, against eager in float64."""
-    random, device = torch.Generator().manual_seed(3), backends.device_of("cuda")
-    given = [torch.randn(1, 70, 2, w, generator=random).to(dtype) for w in (d, d, 16)]
-    given.append(1 + 2 * torch.rand(2, d, generator=random))
-    upstream, found = torch.randn(1, 70, 2, 16, generator=random).to(dtype), []
-    for backend in ("cuda", "eager"):
-        exact = backend == "eager"
-        leaves = [(x.double() if exact else x.to(device)).detach().requires_grad_() for x in given]
-        o = pyelastic.polaformer_attention(*leaves, causal=causal, backend=backend, eps=1e-3)
-        o.backward(upstream.to(o))
-        found.append([o.detach(), *(x.grad for x in leaves)])
+    found = polaformer(70, d, dtype, causal)
     assert set(alone) == {"forward", "queries", "keys"}
-    for made, truth in zip(*found, strict=True):
+    for made, truth in found:
         assert (made.cpu().double() - truth).norm() / truth.norm() < limit
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import backends
 import pytest
 import torch
-from norm_linear_attention_cases import OP, call, calls_of, compare, make, upstream_of
+from norm_linear_attention_cases import OP, call, calls_of, compare, make, polaformer, upstream_of
 
-import pyelastic
 from pyelastic.ops import _norm_linear_attention_cuda as launcher
 
 pytestmark = pytest.mark.skipif("cuda" not in backends.implemented(OP), reason="no GPU and no emulator")
@@ -60,18 +59,9 @@ def test_packed(called: list[str], rope: str | None, causal: bool) -> None:
 @over_orders
 def test_polaformer(called: list[str], causal: bool) -> None:
     """Against eager in float64."""
-    random, device = torch.Generator().manual_seed(3), backends.device_of("cuda")
-    given = [torch.randn(1, 150, 2, w, generator=random).bfloat16() for w in (24, 24, 16)]
-    given.append(1 + 2 * torch.rand(2, 24, generator=random))
-    upstream, found = torch.randn(1, 150, 2, 16, generator=random).bfloat16(), []
-    for backend in ("cuda", "eager"):
-        exact = backend == "eager"
-        leaves = [(x.double() if exact else x.to(device)).detach().requires_grad_() for x in given]
-        o = pyelastic.polaformer_attention(*leaves, causal=causal, backend=backend, eps=1e-3)
-        o.backward(upstream.to(o))
-        found.append([o.detach(), *(x.grad for x in leaves)])
+    found = polaformer(150, 24, torch.bfloat16, causal)
     assert sorted(called) == sorted(2 * PASSES)  # both signs
-    for made, truth in zip(*found, strict=True):
+    for made, truth in found:
         assert (made.cpu().double() - truth).norm() / truth.norm() < 1e-2
 
 
