@@ -127,21 +127,21 @@ void bind_fira_products(py::module_& m) {
     return fira_products() == nullptr ? Int{-1} : fira_products()->room(problem(p), static_cast<Dtype>(dtype));
   });
   m.def("fira_project",
-        [](const FiraProblem& p, Pointer g, int dtype, Int g_stride, Pointer basis, int p_dtype, Pointer r,
-           Pointer squares, Pointer room, int threads) {
+        [](const FiraProblem& p, Pointer g, int dtype, Int g_stride, Pointer basis, int p_dtype, const FiraMoments& s,
+           Pointer r, int r_dtype, Pointer squares, Pointer room, int threads) {
           fira_products()->project(problem(p), as<const void>(g), static_cast<Dtype>(dtype), g_stride,
-                                   as<const void>(basis), static_cast<Dtype>(p_dtype), as<float>(r),
-                                   as<double>(squares), as<void>(room), threads);
+                                   as<const void>(basis), static_cast<Dtype>(p_dtype), moments(s), as<void>(r),
+                                   static_cast<Dtype>(r_dtype), as<double>(squares), as<void>(room), threads);
         }, nogil);
   m.def("fira_apply",
-        [](const FiraProblem& p, Pointer c, Pointer basis, int p_dtype, Pointer f, Pointer g, Int g_stride, Pointer w,
-           Int w_stride, int dtype, double size, double keep,
+        [](const FiraProblem& p, Pointer r, int r_dtype, const FiraMoments& s, Pointer basis, int p_dtype, Pointer f,
+           Pointer g, Int g_stride, Pointer w, Int w_stride, int dtype, double size, double keep,
            const std::tuple<bool, std::uint64_t, std::uint32_t, Pointer>& rounding, Pointer room, int threads) {
           const auto& [stochastic, seed, step, remainder] = rounding;
-          fira_products()->apply(problem(p), as<const float>(c), as<const void>(basis), static_cast<Dtype>(p_dtype),
-                                 as<const float>(f), as<const void>(g), g_stride, as<void>(w), w_stride,
-                                 static_cast<Dtype>(dtype), size, keep, {stochastic, seed, step, as<void>(remainder)},
-                                 as<void>(room), threads);
+          fira_products()->apply(problem(p), as<const void>(r), static_cast<Dtype>(r_dtype), moments(s),
+                                 as<const void>(basis), static_cast<Dtype>(p_dtype), as<const float>(f),
+                                 as<const void>(g), g_stride, as<void>(w), w_stride, static_cast<Dtype>(dtype), size,
+                                 keep, {stochastic, seed, step, as<void>(remainder)}, as<void>(room), threads);
         }, nogil);
 }
 

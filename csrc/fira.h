@@ -9,10 +9,10 @@
 //   f_j = a_s phi_j / lim,  C_j = a_n N_j - a_r f_j R_j,  W <- k W - k step (C P^T + f X),  k = 1 - lr wd
 // so the residual S = phi (X - a_r R P^T) never exists; W and G are touched four times in all.
 //
-// Division of labour on the CPU: the launcher (pyelastic/ops/_fira_cpu.py) calls, with AVX-512, `project`, `moments`,
-// `scales`, `coefficients` and the `apply` of FiraProducts; elsewhere and in double a GEMM of torch for R, the same three,
-// and over blocks of rows of W a GEMM for T = C P^T and the `apply` of FiraKernels. A factor c of the gradient
-// (unscaling, clipping, ascent) enters as c R and c x, without a pass of its own.
+// Division of labour on the CPU: the launcher (pyelastic/ops/_fira_cpu.py) calls, with AVX2 or AVX-512, the `project` of
+// FiraProducts (R and the moments), `scales`, and the `apply` of FiraProducts (C and W); elsewhere and in double a GEMM of
+// torch for R, `moments`, `scales`, `coefficients`, and over blocks of rows of W a GEMM for T = C P^T and the `apply` of
+// FiraKernels. A factor c of the gradient (unscaling, clipping, ascent) enters as c R and c x, without a pass of its own.
 //
 // Conventions. T is the compute type, float or double. G, W have column stride 1 and a row stride in elements; all else
 // is contiguous. Sums run in T over at most 1024 terms, then in double; a vector is owned by one thread and the sum
@@ -67,7 +67,7 @@ struct FiraRounding {
 
 template <class T>
 struct FiraKernels {
-  // Updates the moments from R (of `r_dtype`) and writes the squares |x|^2 (unless g is null), |R|^2, |N|^2 [3, L].
+  // Updates the moments from R (of `r_dtype`) and writes the squares |x|^2, |R|^2, |N|^2 [3, L].
   void (*moments)(const FiraProblem& p, const void* r, Dtype r_dtype, const void* g, Dtype g_dtype, std::int64_t g_stride,
                   const FiraMoments& moments, double* squares, int threads);
   // f [L] and the limiter. gram [L]: R^T M R, or null for |R|^2; exact [L]: q itself, or null. gamma 0: no limiter;
@@ -87,13 +87,14 @@ struct FiraKernels {
 // G and W. With AVX-512-BF16 bfloat16 operands are multiplied as they are (C rounded), all else in float.
 struct FiraProducts {
   std::int64_t (*room)(const FiraProblem& p, Dtype dtype);  // bytes of scratch, on a 64-byte boundary
-  // R (as the moments lie) and |x|^2.
+  // R (as the moments lie), the moments' update with it as it was before it was rounded to `r_dtype`, and squares [3, L].
   void (*project)(const FiraProblem& p, const void* g, Dtype dtype, std::int64_t g_stride, const void* basis,
-                  Dtype p_dtype, float* r, double* squares, void* room, int threads);
-  // All of W, from C where R was.
-  void (*apply)(const FiraProblem& p, const float* c, const void* basis, Dtype p_dtype, const float* f, const void* g,
-                std::int64_t g_stride, void* w, std::int64_t w_stride, Dtype dtype, double size, double keep,
-                const FiraRounding& rounding, void* room, int threads);
+                  Dtype p_dtype, const FiraMoments& moments, void* r, Dtype r_dtype, double* squares, void* room,
+                  int threads);
+  // All of W. C = a_n N - a_r f R is made as it is packed, and is nowhere in memory.
+  void (*apply)(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMoments& moments, const void* basis,
+                Dtype p_dtype, const float* f, const void* g, std::int64_t g_stride, void* w, std::int64_t w_stride,
+                Dtype dtype, double size, double keep, const FiraRounding& rounding, void* room, int threads);
 };
 
 namespace baseline {

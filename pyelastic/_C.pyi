@@ -206,12 +206,13 @@ def gemm(
 # With AVX2, where fira_room is not -1: bytes of scratch.
 def fira_room(problem: _FiraProblem, dtype: int, /) -> int: ...
 def fira_project(
-    problem: _FiraProblem, g: int, dtype: int, g_stride: int, basis: int, p_dtype: int, r: int, squares: int, room: int,
-    threads: int, /,
+    problem: _FiraProblem, g: int, dtype: int, g_stride: int, basis: int, p_dtype: int, moments: _FiraMoments, r: int,
+    r_dtype: int, squares: int, room: int, threads: int, /,
 ) -> None: ...
 def fira_apply(
-    problem: _FiraProblem, c: int, basis: int, p_dtype: int, f: int, g: int, g_stride: int, w: int, w_stride: int,
-    dtype: int, size: float, keep: float, rounding: tuple[bool, int, int, int], room: int, threads: int, /,
+    problem: _FiraProblem, r: int, r_dtype: int, moments: _FiraMoments, basis: int, p_dtype: int, f: int, g: int,
+    g_stride: int, w: int, w_stride: int, dtype: int, size: float, keep: float, rounding: tuple[bool, int, int, int],
+    room: int, threads: int, /,
 ) -> None: ...
 
 # fira's CUDA launchers: matrices of a group, what they share, the stream.

@@ -1,14 +1,17 @@
-// fira on CPUs with AVX2 or AVX-512: the two products, R = X P and C P^T, with the passes over G and W inside. Contract: ../fira.h.
+// fira on CPUs with AVX2 or AVX-512: the two products, with all passes over G, W, R and the moments inside.
+// Contract: ../fira.h.
 //
-// A library's GEMM would read G once more for |x|^2 and write and read C P^T. Here G is squared while it is packed, and
-// C P^T of a group of rows is in L1 when W is written. Both are products A B with a row-major result [rows, columns]:
+// A library's GEMM would read G once more for |x|^2 and write and read C P^T. Here G is squared while it is packed, R of a
+// block of vectors is in L2 when the moments take it, C is made while it is packed, and C P^T of a group of rows is in L1 when
+// W is written. Both are products A B with a row-major result [rows, columns]:
 //   left   R [r, n] = P^T [r, m] G [m, n],   C P^T [m, n] = P [m, r] C [r, n]
 //   right  R [m, r] = G [m, n] P^T [n, r],   C P^T [m, n] = C [m, r] P [r, n]
-// Packing and micro-kernel: products.h. With AVX-512-BF16 and bfloat16 weights P, G and C are rounded to pairs of bfloat16 and R
-// is not; else everything is float. Depth is cut into kDepth. P (projection) and A (way back) are packed once, into `room`, the
-// rest into a thread's scratch: a block of B stays in L2, a group of A in L1.
+// Packing and micro-kernel: products.h. With AVX-512-BF16 and bfloat16 weights P, G and C are pairs of bfloat16; else all is
+// float. Depth is cut into kDepth. P (projection) and A (way back) are packed once, into `room`, the rest into a
+// thread's scratch: a block of B and of R stays in L2, a group of A in L1. What comes next from memory is asked for meanwhile.
 
-#include "fira_rows.h"
+#include "../common/parallel.h"
+#include "fira_moments.h"
 #include "products.h"
 
 namespace pyelastic {
@@ -43,93 +46,168 @@ class Ahead {
   Int pitch_, width_, rows_, each_, at_ = 0;
 };
 
+// Squares of elements: two of them where an element is a pair.
+PYELASTIC_INLINE void add_square(Vec<float>& sum, const Vec<float>& x) { sum += x * x; }
+inline double line_squares(const float* x, Int n) { return sum_squares(x, n); }
+#if defined(__AVX512BF16__)
+PYELASTIC_INLINE void add_square(Vec<float>& sum, const Words& x) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)x);
+}
+inline double line_squares(const std::uint16_t* x, Int n) {
+  Vec<float> sum = {};
+  Int i = 0;
+  for (; i + 2 * kHalf <= n; i += 2 * kHalf) {
+    Words pairs;
+    std::memcpy(&pairs, x + i, kVecBytes);
+    add_square(sum, pairs);
+  }
+  return sum_lanes<float>(sum) + sum_squares(x + i, n - i);
+}
+#endif
+
+// A tile of G packed into x, and its squares added to `sums` of its vectors.
 template <class Kind>
-void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, float* r, double* squares, void* room,
-             int threads) {
+void pack_gradients(const FiraProblem& p, const Matrix& g, Int at, Int count, Int k0, Int depth, typename Kind::Element* x,
+                    double* sums) {
+  using Element = typename Kind::Element;
+  using Source = typename Kind::Source;
+  constexpr Int kElements = kDepth / Kind::depth;
+  if (!p.left) {
+    const auto read = [&](Int row, Int column, Int n, Source* room) {
+      const Source* line = g(row, column, n, room);
+      sums[row - at] += line_squares(line, n);
+      return line;
+    };
+    return pack_along<Kind, kGroup>(read, at, count, k0, depth, x, kElements * kGroup);
+  }
+  pack_across<Kind, kPanel>(g, at, count, k0, depth, x, kElements * kPanel);
+  typedef Element Lanes __attribute__((vector_size(kVecBytes)));
+  for (Int j = 0; j < count; j += kPanel) {
+    const Element* panel = x + j * kElements;
+    Vec<float> sum[2] = {};
+    for (Int k = 0; k < ceil_div(depth, Kind::depth); ++k, panel += kPanel) {
+      Lanes low, high;
+      std::memcpy(&low, panel, kVecBytes);
+      std::memcpy(&high, panel + kHalf, kVecBytes);
+      add_square(sum[0], low);
+      add_square(sum[1], high);
+    }
+    for (Int i = 0; i < least(kPanel, count - j); ++i) sums[j + i] += static_cast<double>(sum[i / kHalf][i % kHalf]);
+  }
+}
+
+template <class Kind>
+void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const FiraMoments& moments, void* r, Dtype r_dtype,
+             double* squares, void* room, int threads) {
   using Element = typename Kind::Element;
   const Int steps = ceil_div(p.dim, kDepth), elements = kDepth / Kind::depth;  // of a group or panel and a step
   const Int width = p.left ? kGroup : kPanel, parts = ceil_div(p.rank, width);
   Element* const packed = static_cast<Element*>(room);  // [step][part][element][width]
-  const double square = p.factor * p.factor;
   parallel_for(steps, 1, threads, [&](Int begin, Int end) {
     for (Int s = begin; s < end; ++s) {
       const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), pitch = elements * width;
       Element* out = packed + s * parts * pitch;
       if (p.left) {
-        pack_across<Kind, kGroup>(basis, 0, p.rank, k0, depth, out, pitch, kLookAway);
+        pack_across<Kind, kGroup>(basis, 0, p.rank, k0, depth, out, pitch);
       } else {
-        pack_along<Kind, kPanel>(basis, 0, p.rank, k0, depth, out, pitch, kLookAway);
+        pack_along<Kind, kPanel>(basis, 0, p.rank, k0, depth, out, pitch);
       }
     }
   });
   const Int unit = p.left ? kPanel : kGroup;
-  const Int block = block_width(p.vectors, kBlockElements / kDepth, unit, threads), pitch = elements * unit;
-  // The part of G that a block of vectors from `at` on reads in the step from k0 on, if there is one before block `end`.
-  const auto next_tile = [&](Int at, Int k0, Int end) {
-    const Int last = least(end * block, p.vectors), count = at < last ? least(block, last - at) : 0;
-    const Int depth = count > 0 ? least(kDepth, p.dim - k0) : 0, calls = ceil_div(count, unit) * ceil_div(p.rank, width);
-    return p.left ? Ahead(g.data, g.dtype, g.stride, k0, depth, at, count, calls)
-                  : Ahead(g.data, g.dtype, g.stride, at, count, k0, depth, calls);
+  const Cut blocks(p.vectors, kBlockElements / (p.rank > kDepth ? p.rank : kDepth), unit, threads);
+  // R of a block, as it lies in memory but for its pitch.
+  const Int pitch = p.left ? blocks.widest() : round_up(p.rank, kPanel);
+  const Int height = p.left ? round_up(p.rank, kGroup) : blocks.widest();
+  const Int in_memory = p.left ? p.vectors : p.rank;
+  // What is read of a matrix [dim, vectors] on the left, [vectors, dim] on the right.
+  const auto piece = [&](const Matrix& x, Int at, Int count, Int k0, Int depth, Int calls) {
+    return p.left ? Ahead(x.data, x.dtype, x.stride, k0, depth, at, count, calls)
+                  : Ahead(x.data, x.dtype, x.stride, at, count, k0, depth, calls);
   };
-  parallel_for(ceil_div(p.vectors, block), 1, threads, [&](Int begin, Int end) {
-    const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
-    char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 12 * block)));
-    Element* const x = reinterpret_cast<Element*>(own);
-    double* const sums = reinterpret_cast<double*>(own + scratch);
-    float* const part = reinterpret_cast<float*>(sums + block);
-    for (Int at = begin * block; at < least(end * block, p.vectors); at += block) {
-      const Int count = least(block, p.vectors - at);
-      for (Int i = 0; i < count; ++i) sums[i] = part[i] = 0;
+  parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
+    const Int most = blocks.widest();
+    Room own(Room::bytes<Element>(most * elements) + Room::bytes<double>(most) +
+             Room::bytes<float>(height * pitch));
+    Element* const x = own.take<Element>(most * elements);
+    double* const sums = own.take<double>(most);
+    float* const of_r = own.take<float>(height * pitch);
+    for (Int block = begin; block < end; ++block) {
+      const Int at = blocks.first(block), count = blocks.first(block + 1) - at;
+      for (Int i = 0; i < count; ++i) sums[i] = 0;
       for (Int s = 0; s < steps; ++s) {
         const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), length = ceil_div(depth, Kind::depth);
-        Ahead ahead = next_tile(s + 1 < steps ? at : at + block, s + 1 < steps ? k0 + kDepth : 0, end);
-        const Element* basis_step = packed + s * parts * elements * width;
-        if (p.left) {
-          pack_across<Kind, kPanel>(g, at, count, k0, depth, x, pitch,
-                                    [&](Int j, Int n, const auto* row) { add_squares(row, n, part + j); });
-          flush(part, count, sums);
-          for (Int i = 0; i < p.rank; i += kGroup) {
-            for (Int j = 0; j < count; j += kPanel) {
-              ahead.fetch();
-              multiply_tile(basis_step + i * elements, x + j * elements, length, r, i, p.rank, at + j, p.vectors, s > 0);
-            }
-          }
-        } else {
-          pack_along<Kind, kGroup>(g, at, count, k0, depth, x, pitch,
-                                   [&](Int i, Int n, const auto* row) { sums[i] += sum_squares(row, n); });
-          for (Int i = 0; i < count; i += kGroup) {
-            for (Int j = 0; j < p.rank; j += kPanel) {
-              ahead.fetch();
-              multiply_tile(x + i * elements, basis_step + j * elements, length, r, at + i, p.vectors, j, p.rank, s > 0);
-            }
+        const bool last = s + 1 == steps;
+        // Of the blocks to come this thread's is likely the one after those of the others.
+        const Int next = least(last ? block + (block + 1 < end ? 1 : threads) : block, blocks.parts);
+        const Int next_at = blocks.first(next), next_count = blocks.first(least(next + 1, blocks.parts)) - next_at;
+        const Int next_k0 = last ? 0 : k0 + kDepth, calls = ceil_div(count, unit) * parts;
+        Ahead gradients = piece(g, next_at, next_count, next_k0, next_count > 0 ? least(kDepth, p.dim - next_k0) : 0, calls);
+        const Int stored = last && moments.m_scale == nullptr ? p.rank : 0;
+        Ahead first_moments = piece({moments.m, moments.dtype, in_memory}, at, stored > 0 ? count : 0, 0, stored, calls);
+        Ahead second_moments = piece({moments.v, moments.dtype, in_memory}, at, stored > 0 ? count : 0, 0, stored, calls);
+        pack_gradients<Kind>(p, g, at, count, k0, depth, x, sums);
+        const Element* const basis_step = packed + s * parts * elements * width;
+        const Element *const a = p.left ? basis_step : x, *const b = p.left ? x : basis_step;
+        const Int rows = p.left ? p.rank : count, columns = p.left ? count : p.rank;
+        for (Int i = 0; i < rows; i += kGroup) {
+          for (Int j = 0; j < columns; j += kPanel) {
+            gradients.fetch();
+            first_moments.fetch();
+            second_moments.fetch();
+            multiply(rows - i, a + i * elements, b + j * elements, length, of_r + i * pitch + j, pitch, s > 0);
           }
         }
       }
-      for (Int i = 0; i < count; ++i) squares[at + i] = square * sums[i];
+      const float factor = static_cast<float>(p.factor);
+      const auto read = [&](Int row, Int first, Int n, float* out) {
+        const float* from = of_r + (p.left ? row * pitch + (first - at) : (row - at) * pitch + first);
+        write_row(from, n, r, r_dtype, row * in_memory + first);
+        for (Int i = 0; i < n; ++i) out[i] = factor * from[i];
+      };
+      moments_of<float>(p, moments, read, at, count, squares);
+      for (Int i = 0; i < count; ++i) squares[at + i] = p.factor * p.factor * sums[i];
     }
   });
 }
 
-template <class Kind>
-void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWeights<float>& x, void* room,
-           int threads) {
+// Reads C, made from R and the moments as it is read.
+template <class Source>
+struct Coefficients {
+  const FiraProblem& p;
+  const FiraMoments& moments;
+  const float* f;
+  const void* r;
+  Dtype r_dtype;
+
+  const Source* operator()(Int row, Int at, Int n, Source* room) const {
+    float c[kSegment];
+    load_scaled(r, r_dtype, row * (p.left ? p.vectors : p.rank) + at, n, p.factor, c);
+    for (Int i = 0; i < n; i += kFiraBlock) combine(p, moments, f, row, at + i, least(kFiraBlock, n - i), c + i);
+    for (Int i = 0; i < n; ++i) narrow(c[i], room + i);
+    return room;
+  }
+};
+
+template <class Kind, class ReadA, class ReadB>
+void apply(const FiraProblem& p, const ReadA& a, const ReadB& b, const FiraWeights<float>& x, void* room, int threads) {
   using Element = typename Kind::Element;
   const Int rows = p.left ? p.dim : p.vectors, columns = p.left ? p.vectors : p.dim;
   const Int elements = ceil_div(p.rank, Kind::depth), groups = ceil_div(rows, kGroup);
   Element* const packed = static_cast<Element*>(room);  // [group][element][kGroup]
   parallel_for(groups, 4, threads, [&](Int begin, Int end) {
     const Int first = begin * kGroup, last = least(end * kGroup, rows);
-    pack_along<Kind, kGroup>(a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup, kLookAway);
+    pack_along<Kind, kGroup>(a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup);
   });
-  const Int block = block_width(columns, least(kBlockElements / elements, 1024), kPanel, threads);
-  parallel_for(ceil_div(columns, block), 1, threads, [&](Int begin, Int end) {
-    const Int scratch = round_up(static_cast<Int>(sizeof(Element)) * block * elements, 64);
-    char* const own = static_cast<char*>(thread_scratch(static_cast<std::size_t>(scratch + 4 * kGroup * block)));
-    Element* const panels = reinterpret_cast<Element*>(own);
-    float* const t = reinterpret_cast<float*>(own + scratch);  // [kGroup, block]
-    for (Int at = begin * block; at < least(end * block, columns); at += block) {
-      const Int count = least(block, columns - at);
-      pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel, kLookAway);
+  const Cut blocks(columns, least(kBlockElements / elements, 1024), kPanel, threads);
+  parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
+    const Int most = blocks.widest();
+    Room own(Room::bytes<Element>(most * elements) + Room::bytes<float>(kGroup * most));
+    Element* const panels = own.take<Element>(most * elements);
+    float* const t = own.take<float>(kGroup * most);  // [kGroup, most]
+    for (Int block = begin; block < end; ++block) {
+      const Int at = blocks.first(block), count = blocks.first(block + 1) - at;
+      pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel);
       for (Int row = 0; row < rows; row += kGroup) {
         const Int calls = ceil_div(count, kPanel), height = least(kGroup, rows - row);
         Ahead weights(x.w, x.w_dtype, x.w_stride, row, height, at, count, calls);
@@ -137,16 +215,23 @@ void apply(const FiraProblem& p, const Matrix& a, const Matrix& b, const FiraWei
         for (Int j = 0; j < count; j += kPanel) {
           weights.fetch();
           gradients.fetch();
-          multiply(packed + row * elements, panels + j * elements, elements, t + j, block, false);
+          multiply(height, packed + row * elements, panels + j * elements, elements, t + j, most, false);
         }
         for (Int i = 0; i < height; ++i) {
           for (Int j = 0; j < count; j += kSegment) {
-            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * block + j);
+            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * most + j);
           }
         }
       }
     }
   });
+}
+
+template <class Kind>
+void apply_of(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMoments& moments, const Matrix& basis,
+              const FiraWeights<float>& x, void* room, int threads) {
+  const Coefficients<typename Kind::Source> c{p, moments, x.f, r, r_dtype};
+  p.left ? apply<Kind>(p, basis, c, x, room, threads) : apply<Kind>(p, c, basis, x, room, threads);
 }
 
 // Whether bfloat16 operands are multiplied as such.
@@ -159,26 +244,26 @@ bool in_pairs(Dtype dtype) {
 }
 
 void fira_project(const FiraProblem& p, const void* g, Dtype dtype, Int g_stride, const void* basis, Dtype p_dtype,
-                  float* r, double* squares, void* room, int threads) {
+                  const FiraMoments& moments, void* r, Dtype r_dtype, double* squares, void* room, int threads) {
   const Matrix gradient{g, dtype, g_stride}, projector{basis, p_dtype, p.left ? p.rank : p.dim};
 #if defined(__AVX512BF16__)
-  if (in_pairs(dtype)) return project<Pairs>(p, gradient, projector, r, squares, room, threads);
+  if (in_pairs(dtype)) {
+    return project<Pairs>(p, gradient, projector, moments, r, r_dtype, squares, room, threads);
+  }
 #endif
-  project<Floats>(p, gradient, projector, r, squares, room, threads);
+  project<Floats>(p, gradient, projector, moments, r, r_dtype, squares, room, threads);
 }
 
-void fira_apply(const FiraProblem& p, const float* c, const void* basis, Dtype p_dtype, const float* f, const void* g,
-                Int g_stride, void* w, Int w_stride, Dtype dtype, double size, double keep,
-                const FiraRounding& rounding, void* room, int threads) {
-  const Matrix coefficients{c, Dtype::float32, p.left ? p.vectors : p.rank};
+void fira_apply(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMoments& moments, const void* basis,
+                Dtype p_dtype, const float* f, const void* g, Int g_stride, void* w, Int w_stride, Dtype dtype, double size,
+                double keep, const FiraRounding& rounding, void* room, int threads) {
   const Matrix projector{basis, p_dtype, p.left ? p.rank : p.dim};
-  const Matrix &a = p.left ? projector : coefficients, &b = p.left ? coefficients : projector;
   const FiraWeights<float> x{p, f, g, g_stride, w, w_stride, dtype, static_cast<float>(size), static_cast<float>(keep),
                              rounding};
 #if defined(__AVX512BF16__)
-  if (in_pairs(dtype)) return apply<Pairs>(p, a, b, x, room, threads);
+  if (in_pairs(dtype)) return apply_of<Pairs>(p, r, r_dtype, moments, projector, x, room, threads);
 #endif
-  apply<Floats>(p, a, b, x, room, threads);
+  apply_of<Floats>(p, r, r_dtype, moments, projector, x, room, threads);
 }
 
 Int fira_room(const FiraProblem& p, Dtype dtype) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../fira.h"
-#include "segments.h"
+#include "rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -15,6 +15,9 @@ constexpr int kLanes = 16;
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
 inline float widen(std::uint16_t x) { return bfloat16_to_float(x); }
+inline void narrow(double x, double* to) { *to = x; }
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, std::uint16_t* to) { *to = float_to_bfloat16(x); }
 
 // Sum of squares of n <= kSegment elements, in kLanes partial sums of the compute type.
 template <class Source>
@@ -80,9 +83,6 @@ struct FiraWeights {
   const FiraRounding& rounding;
 };
 
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, std::uint16_t* to) { *to = float_to_bfloat16(x); }
-
 // write_segment of float or bfloat16 elements rounded to nearest, with t, in one loop.
 template <class E>
 inline void write_nearest(const FiraWeights<float>& x, std::int64_t row, std::int64_t at, std::int64_t n, const float* t) {
@@ -112,10 +112,10 @@ inline void write_segment(const FiraWeights<T>& x, std::int64_t row, std::int64_
   const T size = x.size, keep = x.keep, c = static_cast<T>(p.factor);
   const std::int64_t element = row * (p.left ? p.vectors : p.dim) + at;
   T g_room[kSegment], w_room[kSegment], rest[kSegment];
-  const T* g = segment(x.g, x.w_dtype, row * x.g_stride + at, n, g_room);
-  load_segment(x.w, x.w_dtype, row * x.w_stride + at, n, w_room);
+  const T* g = read_row(x.g, x.w_dtype, row * x.g_stride + at, n, g_room);
+  load_row(x.w, x.w_dtype, row * x.w_stride + at, n, w_room);
   if (rounding.remainder != nullptr) {
-    load_segment(rounding.remainder, x.w_dtype, element, n, rest);
+    load_row(rounding.remainder, x.w_dtype, element, n, rest);
     for (std::int64_t l = 0; l < n; ++l) w_room[l] += rest[l];
   }
   const T factor = p.left ? T(0) : x.f[row] * c;
@@ -135,11 +135,11 @@ inline void write_segment(const FiraWeights<T>& x, std::int64_t row, std::int64_
     if (run < n) store_stochastic(rounding, element + run, to + run, n - run, w_room + run);
     return;
   }
-  store_segment(x.w, x.w_dtype, row * x.w_stride + at, n, w_room);
+  write_row(w_room, n, x.w, x.w_dtype, row * x.w_stride + at);
   if (rounding.remainder == nullptr) return;
-  load_segment(x.w, x.w_dtype, row * x.w_stride + at, n, rest);
+  load_row(x.w, x.w_dtype, row * x.w_stride + at, n, rest);
   for (std::int64_t l = 0; l < n; ++l) rest[l] = w_room[l] - rest[l];
-  store_segment(rounding.remainder, x.w_dtype, element, n, rest);
+  write_row(rest, n, rounding.remainder, x.w_dtype, element);
 }
 
 }  // namespace

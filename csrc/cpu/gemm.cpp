@@ -16,9 +16,9 @@ namespace {
 template <Int kWidth>
 void pack_pieces(const float* data, Int piece, Int deep, Int first, Int count, Int k0, Int depth, float* out) {
   if (deep == 1) {
-    pack_along<Floats, kWidth>({data, Dtype::float32, piece}, first, count, k0, depth, out, kDepth * kWidth, kLookAway);
+    pack_along<Floats, kWidth>(Matrix{data, Dtype::float32, piece}, first, count, k0, depth, out, kDepth * kWidth);
   } else {
-    pack_across<Floats, kWidth>({data, Dtype::float32, deep}, first, count, k0, depth, out, kDepth * kWidth, kLookAway);
+    pack_across<Floats, kWidth>(Matrix{data, Dtype::float32, deep}, first, count, k0, depth, out, kDepth * kWidth);
   }
 }
 
@@ -33,7 +33,7 @@ void run(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns, Int dept
   const bool rows_shared = rows <= columns;
   const Int shared = rows_shared ? rows : columns, other = rows_shared ? columns : rows;
   const Int width = rows_shared ? kGroup : kPanel, unit = rows_shared ? kPanel : kGroup;
-  const Int block = block_width(other, kBlockElements / kDepth, unit, threads);
+  const Cut blocks(other, kBlockElements / kDepth, unit, threads);
   if (depth == 0 && !add) {
     for (Int i = 0; i < rows * columns; ++i) c[i] = 0.0f;
   }
@@ -48,10 +48,11 @@ void run(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns, Int dept
         pack_pieces<kPanel>(b.data, b.column, b.row, first, count, k0, step, to);
       }
     });
-    parallel_for(ceil_div(other, block), 1, threads, [&](Int begin, Int end) {
-      float* const own = static_cast<float*>(thread_scratch(sizeof(float) * static_cast<std::size_t>(block * kDepth)));
-      for (Int at = begin * block; at < least(end * block, other); at += block) {
-        const Int count = least(block, other - at);
+    parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
+      const auto bytes = sizeof(float) * static_cast<std::size_t>(blocks.widest() * kDepth);
+      float* const own = static_cast<float*>(thread_scratch(bytes));
+      for (Int part = begin; part < end; ++part) {
+        const Int at = blocks.first(part), count = blocks.first(part + 1) - at;
         if (rows_shared) {
           pack_pieces<kPanel>(b.data, b.column, b.row, at, count, k0, step, own);
           for (Int i = 0; i < rows; i += kGroup) {

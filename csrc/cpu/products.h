@@ -5,13 +5,10 @@
 // else everything is converted to float. A result's sum has one order, whatever the thread count.
 #pragma once
 
-#if defined(__AVX512BF16__)
 #include <immintrin.h>
-#endif
 
-#include "../common/parallel.h"
 #include "../common/vec.h"
-#include "segments.h"
+#include "rows.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -48,18 +45,21 @@ PYELASTIC_INLINE void multiply_add(Vec<float>& sum, const Words& b, std::uint32_
 }
 #endif
 
-// out [kGroup, kPanel] (row stride ldo) = or += A B over `depth` packed elements.
-template <class Element>
-inline void multiply(const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
+template <int kRows, class Element>
+inline void multiply_rows(const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
   typedef Element Lanes __attribute__((vector_size(kVecBytes)));
-  Vec<float> sum[kGroup][2] = {};
+  Vec<float> sum[kRows][2] = {};
+  for (int r = 0; r < kRows; ++r) {  // may lie in L2 or beyond: asked for while sums are made
+    __builtin_prefetch(out + r * ldo, 1);
+    __builtin_prefetch(out + r * ldo + kPanel - 1, 1);
+  }
 #pragma GCC unroll 2
   for (Int k = 0; k < depth; ++k) {
     Lanes low, high;
     std::memcpy(&low, b, kVecBytes);
     std::memcpy(&high, b + kHalf, kVecBytes);
 #pragma GCC unroll 12
-    for (int r = 0; r < kGroup; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       multiply_add(sum[r][0], low, a[r]);
       multiply_add(sum[r][1], high, a[r]);
     }
@@ -67,7 +67,7 @@ inline void multiply(const Element* a, const Element* b, Int depth, float* out, 
     b += kPanel;
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < kGroup; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     if (add) {
       sum[r][0] += load_vec(out);
       sum[r][1] += load_vec(out + kHalf);
@@ -78,33 +78,42 @@ inline void multiply(const Element* a, const Element* b, Int depth, float* out, 
   }
 }
 
-// n elements as floats or as bfloat16 words: in place where they are that, else in `room`.
-inline const float* line(const void* data, Dtype dtype, Int at, Int n, float* room) {
-  return segment(data, dtype, at, n, room);
+// out [kGroup, kPanel] (row stride ldo) = or += A B over `depth` packed elements; rows from `rows` on may be left out.
+template <class Element>
+inline void multiply(Int rows, const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
+  constexpr int kThird = kGroup / 3;
+  if (rows > 2 * kThird) return multiply_rows<kGroup>(a, b, depth, out, ldo, add);
+  if (rows > kThird) return multiply_rows<2 * kThird>(a, b, depth, out, ldo, add);
+  multiply_rows<kThird>(a, b, depth, out, ldo, add);
 }
-inline const std::uint16_t* line(const void* data, Dtype dtype, Int at, Int n, std::uint16_t* room) {
-  if (dtype == Dtype::bfloat16) return static_cast<const std::uint16_t*>(data) + at;
-  float wide[kSegment];
-  store_segment(room, Dtype::bfloat16, 0, n, segment(data, dtype, at, n, wide));
-  return room;
-}
+
 inline float pack(const float* x) { return *x; }
 inline std::uint32_t pack(const std::uint16_t* x) { return x[0] | static_cast<std::uint32_t>(x[1]) << 16; }
 inline float pack(float x, float) { return x; }
 inline std::uint32_t pack(std::uint16_t x, std::uint16_t y) { return x | static_cast<std::uint32_t>(y) << 16; }
 
-// A matrix in memory, one of whose dimensions is contiguous.
+// A matrix in memory, one of whose dimensions is contiguous. What is packed is read through a function like it: n elements of
+// row `row` from element `at` on, n <= kSegment, as floats or bfloat16 words, in place or in `room`.
 struct Matrix {
   const void* data;
   Dtype dtype;
   Int stride;
+
+  const float* operator()(Int row, Int at, Int n, float* room) const {
+    return read_row(data, dtype, row * stride + at, n, room);
+  }
+  const std::uint16_t* operator()(Int row, Int at, Int n, std::uint16_t* room) const {
+    if (dtype == Dtype::bfloat16) return static_cast<const std::uint16_t*>(data) + row * stride + at;
+    float wide[kSegment];
+    write_row(read_row(data, dtype, row * stride + at, n, wide), n, room, Dtype::bfloat16, 0);
+    return room;
+  }
 };
 
 // Packs columns first .. first + count - 1 of rows k0 .. k0 + depth - 1, where the rows are the depth, into panels of
-// kWidth columns, `pitch` elements apart. look(column, n, line) sees every element of rows once.
-template <class Kind, Int kWidth, class Look>
-void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
-                 const Look& look) {
+// kWidth columns, `pitch` elements apart. Each element is read once.
+template <class Kind, Int kWidth, class Read>
+void pack_across(const Read& read, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch) {
   using Source = typename Kind::Source;
   constexpr Int kLine = kSegment / kWidth * kWidth;
   Source room[2][kSegment];
@@ -113,10 +122,7 @@ void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typen
     for (Int at = 0; at < count; at += kLine) {
       const Int n = least(kLine, count - at);
       const Source* lines[2] = {zeros, zeros};
-      for (Int i = 0; i < Kind::depth && k + i < depth; ++i) {
-        lines[i] = line(x.data, x.dtype, (k0 + k + i) * x.stride + first + at, n, room[i]);
-        look(at, n, lines[i]);
-      }
+      for (Int i = 0; i < Kind::depth && k + i < depth; ++i) lines[i] = read(k0 + k + i, first + at, n, room[i]);
       typename Kind::Element* to = out + at / kWidth * pitch + k / Kind::depth * kWidth;
       Int j = 0;
       for (; j + kWidth <= n; j += kWidth, to += pitch) {
@@ -128,12 +134,25 @@ void pack_across(const Matrix& x, Int first, Int count, Int k0, Int depth, typen
   }
 }
 
-// The same of rows first .. first + count - 1, where the columns k0 .. k0 + depth - 1 are the depth. look(row, n, line).
-template <class Kind, Int kWidth, class Look>
-void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch,
-                const Look& look) {
+// Four elements (of 32 bits) of each of four lines, turned: out[e][i] = lines[i][e], rows of out `pitch` elements apart.
+template <class Source, class Element>
+PYELASTIC_INLINE void turn(const Source* const* lines, Int at, Element* out, Int pitch) {
+  const auto line = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lines[i] + at)); };
+  const auto store = [&](Int e, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + e * pitch), x); };
+  const __m128i low01 = _mm_unpacklo_epi32(line(0), line(1)), low23 = _mm_unpacklo_epi32(line(2), line(3));
+  const __m128i high01 = _mm_unpackhi_epi32(line(0), line(1)), high23 = _mm_unpackhi_epi32(line(2), line(3));
+  store(0, _mm_unpacklo_epi64(low01, low23));
+  store(1, _mm_unpackhi_epi64(low01, low23));
+  store(2, _mm_unpacklo_epi64(high01, high23));
+  store(3, _mm_unpackhi_epi64(high01, high23));
+}
+
+// As pack_across, of rows first .. first + count - 1, where the columns k0 .. k0 + depth - 1 are the depth.
+template <class Kind, Int kWidth, class Read>
+void pack_along(const Read& read, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch) {
   using Source = typename Kind::Source;
   static_assert(kDepth <= kSegment, "a line is a segment");
+  constexpr Int kTurned = kWidth / 4 * 4;
   Source room[kWidth][kDepth + 2];
   const Source zeros[kDepth + 2] = {};
   for (Int row = 0; row < count; row += kWidth, out += pitch) {
@@ -141,13 +160,17 @@ void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typena
       const Int n = least(kDepth, depth - k), whole = n / Kind::depth;
       const Source* lines[kWidth];
       for (Int i = 0; i < kWidth; ++i) {
-        lines[i] = zeros;
-        if (row + i >= count) continue;
-        lines[i] = line(x.data, x.dtype, (first + row + i) * x.stride + k0 + k, n, room[i]);
-        look(row + i, n, lines[i]);
+        lines[i] = row + i < count ? read(first + row + i, k0 + k, n, room[i]) : zeros;
       }
       typename Kind::Element* to = out + k / Kind::depth * kWidth;
-      for (Int e = 0; e < whole; ++e, to += kWidth) {
+      Int e = 0;
+      for (; e + 4 <= whole; e += 4, to += 4 * kWidth) {
+        for (Int i = 0; i < kTurned; i += 4) turn(lines + i, e * Kind::depth, to + i, kWidth);
+        for (Int i = kTurned; i < kWidth; ++i) {
+          for (Int j = 0; j < 4; ++j) to[j * kWidth + i] = pack(lines[i] + (e + j) * Kind::depth);
+        }
+      }
+      for (; e < whole; ++e, to += kWidth) {
         for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i] + e * Kind::depth);
       }
       if (whole * Kind::depth == n) continue;
@@ -156,22 +179,26 @@ void pack_along(const Matrix& x, Int first, Int count, Int k0, Int depth, typena
   }
 }
 
-const auto kLookAway = [](Int, Int, const auto*) {};
-
-// `count` columns or rows in blocks of at most `most`, whose number is a multiple of the threads where they are many.
-Int block_width(Int count, Int most, Int unit, int threads) {
-  const Int blocks = round_up(ceil_div(count, most > unit ? most / unit * unit : unit), threads);
-  return round_up(ceil_div(count, blocks), unit);
-}
+// `count` columns or rows cut into `parts` of whole units, as even as they can be and of at most `most` where that is a unit
+// or more. Threads get as many parts each where there are enough, also in the four ranges a thread of parallel_for.
+struct Cut {
+  Int count, unit, units, parts;
+  Cut(Int of, Int most, Int size, int threads) : count(of), unit(size), units(ceil_div(of, size)) {
+    parts = ceil_div(units, most > unit ? most / unit : 1);
+    parts = least(round_up(parts, parts > 4 * threads ? 4 * threads : threads), units);
+  }
+  Int first(Int part) const { return least(units * part / parts * unit, count); }
+  Int widest() const { return parts == 0 ? 0 : ceil_div(units, parts) * unit; }
+};
 
 // Result tile [kGroup, kPanel] of R at (row, column), of which the part inside of [rows, columns] counts.
 template <class Element>
 void multiply_tile(const Element* a, const Element* b, Int depth, float* r, Int row, Int rows, Int column, Int columns,
                    bool add) {
   float* to = r + row * columns + column;
-  if (row + kGroup <= rows && column + kPanel <= columns) return multiply(a, b, depth, to, columns, add);
+  if (row + kGroup <= rows && column + kPanel <= columns) return multiply(kGroup, a, b, depth, to, columns, add);
   float tile[kGroup * kPanel];
-  multiply(a, b, depth, tile, kPanel, false);
+  multiply(rows - row, a, b, depth, tile, kPanel, false);
   for (Int i = 0; i < least(kGroup, rows - row); ++i) {
     for (Int j = 0; j < least(kPanel, columns - column); ++j) {
       const float value = tile[i * kPanel + j];

@@ -12,22 +12,24 @@ namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-// `dim` contiguous elements from element `at` on as T: where they lie if they are of that type, else converted into `room`.
+constexpr std::int64_t kSegment = 256;  // elements of a memory row that are converted at once, in L1
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// `dim` contiguous elements from element `at` on, converted into `out`.
 template <class T>
-inline const T* read_row(const void* data, Dtype dtype, std::int64_t at, std::int64_t dim, T* room) {
+inline void load_row(const void* data, Dtype dtype, std::int64_t at, std::int64_t dim, T* out) {
   switch (dtype) {
     case Dtype::float32:
-      if constexpr (sizeof(T) == sizeof(float)) return static_cast<const T*>(data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(static_cast<const float*>(data)[at + k]);
-      return room;
+      for (std::int64_t k = 0; k < dim; ++k) out[k] = static_cast<T>(static_cast<const float*>(data)[at + k]);
+      return;
     case Dtype::float64:
-      if constexpr (sizeof(T) == sizeof(double)) return static_cast<const T*>(data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(static_cast<const double*>(data)[at + k]);
-      return room;
+      for (std::int64_t k = 0; k < dim; ++k) out[k] = static_cast<T>(static_cast<const double*>(data)[at + k]);
+      return;
     case Dtype::bfloat16: {
       const auto* from = static_cast<const std::uint16_t*>(data) + at;
-      for (std::int64_t k = 0; k < dim; ++k) room[k] = static_cast<T>(bfloat16_to_float(from[k]));
-      return room;
+      for (std::int64_t k = 0; k < dim; ++k) out[k] = static_cast<T>(bfloat16_to_float(from[k]));
+      return;
     }
     case Dtype::float16: {
       const auto* from = static_cast<const std::uint16_t*>(data) + at;
@@ -36,13 +38,20 @@ inline const T* read_row(const void* data, Dtype dtype, std::int64_t at, std::in
       for (; k + 8 <= dim; k += 8) {
         float wide[8];
         _mm256_storeu_ps(wide, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k))));
-        for (int l = 0; l < 8; ++l) room[k + l] = static_cast<T>(wide[l]);
+        for (int l = 0; l < 8; ++l) out[k + l] = static_cast<T>(wide[l]);
       }
 #endif
-      for (; k < dim; ++k) room[k] = static_cast<T>(float16_to_float(from[k]));
-      return room;
+      for (; k < dim; ++k) out[k] = static_cast<T>(float16_to_float(from[k]));
+      return;
     }
   }
+}
+
+// The same elements where they lie if they are of type T, else converted into `room`.
+template <class T>
+inline const T* read_row(const void* data, Dtype dtype, std::int64_t at, std::int64_t dim, T* room) {
+  if (dtype == (sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64)) return static_cast<const T*>(data) + at;
+  load_row(data, dtype, at, dim, room);
   return room;
 }
 

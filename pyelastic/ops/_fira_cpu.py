@@ -1,9 +1,10 @@
 """Launcher of fira's CPU kernels. Contract: csrc/fira.h.
 
-With AVX2 or AVX-512 the two products are ours, with the passes over G and W inside (``_Products``): the bits of a step
-depend on no thread count. Elsewhere and in float64 they are two GEMMs of torch (``_Gemms``), whose operands are
-bfloat16 for bfloat16 weights (R and C are then rounded to it, as the published package rounds R) and the compute type
-for all others. Scratch: R, and a packed P or C, or C P^T for a block of rows.
+With AVX2 or AVX-512 the two products are ours, with all other passes inside (``_Products``): the bits of a step depend on
+no thread count, and of R only what C is made of is rounded for bfloat16 weights. Elsewhere and in float64 they are two
+GEMMs of torch (``_Gemms``), whose operands are bfloat16 for bfloat16 weights (R and C are then rounded to it, as the
+published package rounds R) and the compute type for all others. Scratch: R, and a packed P or C, or C P^T for a block
+of rows.
 """
 
 from __future__ import annotations
@@ -57,15 +58,17 @@ def step_(
     factor = 1.0 if grad_factor is None else float(grad_factor)
     factor = -factor if flags & Flags.MAXIMIZE else factor
     rate = float(lr)
+    paper, correct_bias = bool(flags & Flags.PAPER), bool(flags & Flags.CORRECT_BIAS)
+    limiter = (gamma, bool(flags & Flags.COLLAPSE), bool(flags & Flags.PER_MATRIX))
+    stochastic = bool(flags & Flags.STOCHASTIC)
     for i, param in enumerate(params):
         if param.numel() == 0:
             steps[i].add_(1)
             continue
         taken = int(steps[i]) + 1
         correction = 1.0
-        if flags & Flags.CORRECT_BIAS:
+        if correct_bias:
             correction = (1.0 - beta2**taken) ** 0.5 / (1.0 - beta1**taken)
-        paper = bool(flags & Flags.PAPER)
         scalars = (beta1, beta2, eps, factor, correction if paper else 1.0, a_r, a_n, a_s)
         work = [param, exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2]]
         work += [remainders[i]] if remainders else []
@@ -76,8 +79,8 @@ def step_(
         grad = grads[i] if grads[i].stride(1) == 1 else grads[i].contiguous()
         _step_one(
             copies, grad, projectors[i], grams[i] if grams and grams[i].numel() else None, limiter_norms[i],
-            bool(remainders), left[i], scalars, gamma,
-            rate if paper else rate * correction, 1.0 - rate * weight_decay, flags, seeds[i], taken,
+            bool(remainders), left[i], scalars, limiter,
+            rate if paper else rate * correction, 1.0 - rate * weight_decay, stochastic, seeds[i], taken,
         )  # fmt: skip
         for original, copy in zip(work, copies, strict=True):
             if copy is not original:
@@ -87,8 +90,8 @@ def step_(
 
 def _step_one(
     work: list[Tensor], grad: Tensor, projector: Tensor, gram: Tensor | None, limiter_norm: Tensor,
-    compensated: bool, left: bool, scalars: tuple[float, ...], gamma: float, size: float, keep: float, flags: int,
-    seed: int, taken: int,
+    compensated: bool, left: bool, scalars: tuple[float, ...], limiter: tuple[float, bool, bool], size: float,
+    keep: float, stochastic: bool, seed: int, taken: int,
 ) -> None:  # fmt: skip
     extension = _extension.load()
     w, m, v, *rest = work
@@ -108,23 +111,23 @@ def _step_one(
     scales = [x.data_ptr() for x in rest] or [0, 0]
     moments = (m.data_ptr(), v.data_ptr(), DTYPES.get(m.dtype, 0), *scales)  # 8-bit: the dtype is not looked at
     room = -1 if dtype == torch.float64 else extension.fira_room(problem, DTYPES[w.dtype])
-    products = _Gemms(w, grad, projector, left, problem) if room < 0 else _Products(w, grad, projector, problem, room)
-
+    products: _Products | _Gemms
+    if room < 0:
+        products = _Gemms(w, grad, projector, left, problem, moments)
+    else:
+        products = _Products(w, grad, projector, problem, moments, room)
     r = torch.empty_like(m, dtype=products.operand)
     squares = torch.empty(3, vectors, dtype=torch.float64)
-    squared = products.project(r, squares)
-    call("moments", problem, r.data_ptr(), DTYPES[r.dtype], 0 if squared else grad.data_ptr(), DTYPES[grad.dtype],
-         grad.stride(0), moments, squares.data_ptr(), threads)  # fmt: skip
+    products.project(r, squares)
     f = torch.zeros(vectors, dtype=dtype)
     if a_s != 0:
         quadratic = None if gram is None or a_r == 0 else _quadratic(r, gram.to(dtype), left) * factor**2
         before = float(limiter_norm)
-        collapse, per_matrix = bool(flags & Flags.COLLAPSE), bool(flags & Flags.PER_MATRIX)
 
         def scale(exact: Tensor | None) -> tuple[float, float, float, float]:
             out: tuple[float, float, float, float] = call(
-                "scales", problem, squares.data_ptr(), pointer(quadratic), pointer(exact), before, gamma, collapse,
-                per_matrix, f.data_ptr(),
+                "scales", problem, squares.data_ptr(), pointer(quadratic), pointer(exact), before, *limiter,
+                f.data_ptr(),
             )  # fmt: skip
             return out
 
@@ -132,9 +135,8 @@ def _step_one(
         if kappa > KAPPA[w.dtype] and a_r != 0:
             _, kept, _, _ = scale(_residual_squares(grad, r, products.p, left, a_r, dtype) * factor**2)
         limiter_norm.fill_(kept)
-    rounding = (bool(flags & Flags.STOCHASTIC), seed, taken & 0xFFFFFFFF, pointer(remainder))
+    rounding = (stochastic, seed, taken & 0xFFFFFFFF, pointer(remainder))
     if a_n != 0 or (a_r != 0 and a_s != 0):
-        call("coefficients", problem, moments, f.data_ptr(), r.data_ptr(), DTYPES[r.dtype], threads)
         products.back(r, f, size, keep, rounding)
         return
     call("apply", problem, 0, DTYPES[r.dtype], f.data_ptr(), grad.data_ptr(), grad.stride(0), w.data_ptr(), w.stride(0),
@@ -142,55 +144,62 @@ def _step_one(
 
 
 class _Products:
-    """R = X P with |x|^2, and W from C P^T, by our own kernels."""
+    """R, its moments and squares, and W from them, by our own kernels."""
 
-    operand = torch.float32
-
-    def __init__(self, w: Tensor, grad: Tensor, projector: Tensor, problem: tuple[Any, ...], room: int) -> None:
-        self.w, self.grad, self.p, self.problem = w, grad, projector.contiguous(), problem
+    def __init__(
+        self, w: Tensor, grad: Tensor, projector: Tensor, problem: tuple[Any, ...], moments: tuple[int, ...], room: int
+    ) -> None:
+        self.operand = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
+        self.w, self.grad, self.p, self.problem, self.moments = w, grad, projector.contiguous(), problem, moments
         self.room = torch.empty(room + 64, dtype=torch.uint8)
         self.address = (self.room.data_ptr() + 63) // 64 * 64
 
-    def project(self, r: Tensor, squares: Tensor) -> bool:
-        """Whether |x|^2 was found on the way."""
+    def project(self, r: Tensor, squares: Tensor) -> None:
         _extension.load().fira_project(
             self.problem, self.grad.data_ptr(), DTYPES[self.grad.dtype], self.grad.stride(0), self.p.data_ptr(),
-            DTYPES[self.p.dtype], r.data_ptr(), squares.data_ptr(), self.address, torch.get_num_threads(),
+            DTYPES[self.p.dtype], self.moments, r.data_ptr(), DTYPES[r.dtype], squares.data_ptr(), self.address,
+            torch.get_num_threads(),
         )  # fmt: skip
-        return True
 
-    def back(self, c: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
+    def back(self, r: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
         w, g = self.w, self.grad
         _extension.load().fira_apply(
-            self.problem, c.data_ptr(), self.p.data_ptr(), DTYPES[self.p.dtype], f.data_ptr(), g.data_ptr(),
-            g.stride(0), w.data_ptr(), w.stride(0), DTYPES[w.dtype], size, keep, rounding, self.address,
-            torch.get_num_threads(),
+            self.problem, r.data_ptr(), DTYPES[r.dtype], self.moments, self.p.data_ptr(), DTYPES[self.p.dtype],
+            f.data_ptr(), g.data_ptr(), g.stride(0), w.data_ptr(), w.stride(0), DTYPES[w.dtype], size, keep, rounding,
+            self.address, torch.get_num_threads(),
         )  # fmt: skip
 
 
 class _Gemms:
-    """The same by torch's GEMMs."""
+    """The same by torch's GEMMs, and our kernels around them."""
 
-    def __init__(self, w: Tensor, grad: Tensor, projector: Tensor, left: bool, problem: tuple[Any, ...]) -> None:
+    def __init__(
+        self, w: Tensor, grad: Tensor, projector: Tensor, left: bool, problem: tuple[Any, ...], moments: tuple[int, ...]
+    ) -> None:
         self.operand = torch.bfloat16 if w.dtype == torch.bfloat16 else compute_dtype(w)
-        self.w, self.grad, self.p, self.left, self.problem = w, grad, projector.to(self.operand), left, problem
+        self.w, self.grad, self.p, self.left = w, grad, projector.to(self.operand), left
+        self.problem, self.moments, self.suffix = problem, moments, "f64" if w.dtype == torch.float64 else "f32"
 
-    def project(self, r: Tensor, squares: Tensor) -> bool:
-        _project(self.grad, self.p, self.left, r)
-        return False
+    def _call(self, name: str, *arguments: Any) -> None:
+        getattr(_extension.load(), f"fira_{name}_{self.suffix}")(self.problem, *arguments, torch.get_num_threads())
 
-    def back(self, c: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
+    def project(self, r: Tensor, squares: Tensor) -> None:
+        g = self.grad
+        _project(g, self.p, self.left, r)
+        self._call("moments", r.data_ptr(), DTYPES[r.dtype], g.data_ptr(), DTYPES[g.dtype], g.stride(0), self.moments,
+                   squares.data_ptr())  # fmt: skip
+
+    def back(self, r: Tensor, f: Tensor, size: float, keep: float, rounding: tuple[Any, ...]) -> None:
         w, g = self.w, self.grad
-        kernel = getattr(_extension.load(), f"fira_apply_{'f64' if f.dtype == torch.float64 else 'f32'}")
+        self._call("coefficients", self.moments, f.data_ptr(), r.data_ptr(), DTYPES[r.dtype])
         rows, columns = w.shape
-        block = max(16, BLOCK_BYTES // (columns * c.element_size()))
+        block = max(16, BLOCK_BYTES // (columns * r.element_size()))
         t = torch.empty(min(block, rows), columns, dtype=self.operand)
         for first in range(0, rows, block):
             count = min(block, rows - first)
-            _back(self.p, c, self.left, first, count, t[:count])
-            kernel(self.problem, t.data_ptr(), DTYPES[self.operand], f.data_ptr(), g.data_ptr(), g.stride(0),
-                   w.data_ptr(), w.stride(0), DTYPES[w.dtype], first, count, size, keep, rounding,
-                   torch.get_num_threads())  # fmt: skip
+            _back(self.p, r, self.left, first, count, t[:count])
+            self._call("apply", t.data_ptr(), DTYPES[self.operand], f.data_ptr(), g.data_ptr(), g.stride(0),
+                       w.data_ptr(), w.stride(0), DTYPES[w.dtype], first, count, size, keep, rounding)  # fmt: skip
 
 
 def _project(grad: Tensor, p: Tensor, left: bool, r: Tensor) -> None:
