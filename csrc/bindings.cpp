@@ -60,7 +60,8 @@ const pyelastic::FiraProducts* fira_products() {
 // Null where the machine lacks AVX2.
 const pyelastic::Gemm* gemm() {
 #ifdef PYELASTIC_HAVE_X86_ISAS
-  if (pyelastic::isa() >= Isa::avx512) return &pyelastic::avx512::gemm;
+  if (pyelastic::isa() == Isa::avx512bf16) return &pyelastic::avx512bf16::gemm;
+  if (pyelastic::isa() == Isa::avx512) return &pyelastic::avx512::gemm;
   if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::gemm;
 #endif
   return nullptr;
@@ -145,14 +146,20 @@ void bind_fira_products(py::module_& m) {
         }, nogil);
 }
 
+// (data, dtype, row, column)
+using GemmOperand = std::tuple<Pointer, int, Int, Int>;
+pyelastic::GemmOperand gemm_operand(const GemmOperand& x) {
+  const auto& [data, dtype, row, column] = x;
+  return {as<const void>(data), static_cast<Dtype>(dtype), row, column};
+}
+
 void bind_gemm(py::module_& m) {
   m.def("is_intel", is_intel);
   m.def("gemm_room", [](Int rows, Int columns) { return gemm() == nullptr ? Int{-1} : gemm()->room(rows, columns); });
   m.def("gemm",
-        [](Pointer a, Int a_row, Int a_column, Pointer b, Int b_row, Int b_column, Pointer c, Int rows, Int columns,
-           Int depth, bool add, Pointer room, int threads) {
-          gemm()->run({as<const float>(a), a_row, a_column}, {as<const float>(b), b_row, b_column}, as<float>(c), rows,
-                      columns, depth, add, as<void>(room), threads);
+        [](const GemmOperand& a, const GemmOperand& b, Pointer c, Int rows, Int columns, Int depth, bool add, Pointer room,
+           int threads) {
+          gemm()->run(gemm_operand(a), gemm_operand(b), as<float>(c), rows, columns, depth, add, as<void>(room), threads);
         }, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -198,9 +198,10 @@ def fira_apply_f64(
 def is_intel() -> bool: ...
 # With AVX2, where gemm_room is not -1: bytes of scratch.
 def gemm_room(rows: int, columns: int, /) -> int: ...
+# Operands: (data, dtype, row stride, column stride).
 def gemm(
-    a: int, a_row: int, a_column: int, b: int, b_row: int, b_column: int, c: int, rows: int, columns: int, depth: int,
-    add: bool, room: int, threads: int, /,
+    a: tuple[int, int, int, int], b: tuple[int, int, int, int], c: int, rows: int, columns: int, depth: int, add: bool,
+    room: int, threads: int, /,
 ) -> None: ...
 
 # With AVX2, where fira_room is not -1: bytes of scratch.

@@ -104,7 +104,9 @@ def refusal(figures: dict[str, Any]) -> str | None:
 def triton_figures(requests: list[dict[str, Any]], processes: int = 2) -> list[dict[str, Any]]:
     """The figures of each request, or {"error": text}."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    # What the caller's path has comes first: another Triton can be measured so.
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
     def run(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "compiled"]

@@ -1,10 +1,10 @@
 """Launcher of fira's CPU kernels. Contract: csrc/fira.h.
 
-With AVX2 or AVX-512 the two products are ours, with all other passes inside (``_Products``): the bits of a step depend on
-no thread count, and of R only what C is made of is rounded for bfloat16 weights. Elsewhere and in float64 they are two
-GEMMs of torch (``_Gemms``), whose operands are bfloat16 for bfloat16 weights (R and C are then rounded to it, as the
-published package rounds R) and the compute type for all others. Scratch: R, and a packed P or C, or C P^T for a block
-of rows.
+With AVX2 or AVX-512 the two products are ours, with all other passes inside (``_Products``): the bits of a step depend
+on no thread count, and of R only what C is made of is rounded for bfloat16 weights. Elsewhere and in float64 they are
+two GEMMs of torch (``_Gemms``), whose operands are bfloat16 for bfloat16 weights (R and C are then rounded to it, as
+the published package rounds R) and the compute type for all others. Scratch: R, and a packed P or C, or C P^T for a
+block of rows.
 """
 
 from __future__ import annotations

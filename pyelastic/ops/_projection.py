@@ -83,7 +83,11 @@ class Kernels:
 
     def operand(self, weight: Tensor, other: Tensor) -> Tensor:
         """A weight as ``add_product`` takes it beside ``other``, converted once for all chunks."""
-        return weight if _keeps_16_bits(weight, other) else weight.to(self.dtype)
+        return weight if _keeps_16_bits(weight, other) else self.converted(weight)
+
+    def converted(self, weight: Tensor) -> Tensor:
+        """The same beside an operand of the compute type."""
+        return weight if self.dtype == torch.float32 and _gemm.takes(weight) else weight.to(self.dtype)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         """out (+)= a @ b in the compute type; ``fresh``: out holds nothing yet."""
@@ -91,7 +95,6 @@ class Kernels:
             product = torch.mm(a, b, out_dtype=self.dtype)
             out.copy_(product) if fresh else out.add_(product)
             return
-        a, b = a.to(self.dtype), b.to(self.dtype)
         _gemm.multiply(a, b, out, add=not fresh, step=CPU_DEPTH if self.on_cpu else None)
 
 
@@ -174,7 +177,7 @@ def backward(
     split = k.splits and all(t is not None and t.dtype == torch.bfloat16 for t in multiplied)
     w, r_w = weight, residual_weight
     if not split:
-        w, r_w = weight.to(k.dtype), None if residual_weight is None else residual_weight.to(k.dtype)
+        w, r_w = k.converted(weight), None if residual_weight is None else k.converted(residual_weight)
     parts_dtype = torch.bfloat16 if split else k.dtype
     dz = torch.empty(1 + split, min(rows, k.most), d_out, dtype=parts_dtype, device=x.device)
     rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]

@@ -1,4 +1,4 @@
-"""Our own float32 products on the CPU, against float64."""
+"""Our own products with float32 sums on the CPU, against float64."""
 
 import backends
 import pytest
@@ -12,6 +12,8 @@ from pyelastic.ops import _gemm
 # rows, columns, depth
 SIZES = [(1, 1, 1), (1, 40, 300), (40, 1, 7), (12, 32, 256), (13, 33, 257)]
 SIZES += [(100, 700, 90), (700, 100, 90), (30, 50, 1100)]
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+DTYPES += [(torch.float16, torch.float32)]
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +27,21 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def turned(x: Tensor, turn: bool) -> Tensor:
     """x, laid out by columns if `turn`, within a wider matrix."""
     rows, columns = reversed(x.shape) if turn else x.shape
-    room = torch.full((rows, columns + 3), float("nan"))[:, :columns]
+    room = torch.full((rows, columns + 3), float("nan"), dtype=x.dtype)[:, :columns]
     room.copy_(x.t() if turn else x)
     return room.t() if turn else room
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("turn_a", (False, True))
 @pytest.mark.parametrize("turn_b", (False, True))
 @pytest.mark.parametrize("add", (False, True))
-def test_products(size: tuple[int, int, int], turn_a: bool, turn_b: bool, add: bool) -> None:
+def test_products(
+    size: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], turn_a: bool, turn_b: bool, add: bool
+) -> None:
     rows, columns, depth = size
-    a, b = torch.randn(rows, depth), torch.randn(depth, columns)
+    a, b = torch.randn(rows, depth, dtype=dtypes[0]), torch.randn(depth, columns, dtype=dtypes[1])
     before = torch.randn(rows, columns)
     out = before.clone() if add else torch.full_like(before, float("nan"))
     operands = turned(a, turn_a), turned(b, turn_b)
@@ -49,9 +54,12 @@ def test_products(size: tuple[int, int, int], turn_a: bool, turn_b: bool, add: b
 
 
 @pytest.mark.parametrize("size", SIZES[-3:])
-def test_bits_do_not_depend_on_the_thread_count(size: tuple[int, int, int], restore_threads: None) -> None:
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bits_do_not_depend_on_the_thread_count(
+    size: tuple[int, int, int], dtype: torch.dtype, restore_threads: None
+) -> None:
     rows, columns, depth = size
-    a, b = torch.randn(rows, depth), torch.randn(depth, columns)
+    a, b = torch.randn(rows, depth, dtype=dtype), torch.randn(depth, columns, dtype=dtype)
     found = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
@@ -69,8 +77,16 @@ def test_no_depth_is_zero_or_what_was_there() -> None:
     assert torch.equal(out, torch.zeros(3, 5))
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
-    a, b = torch.randn(20, 30), torch.randn(30, 40)
+def test_an_operand_without_unit_stride_is_converted() -> None:
+    a, b, out = torch.randn(40, 20)[::2, ::2], torch.randn(10, 30, dtype=torch.bfloat16), torch.empty(20, 30)
+    assert not _gemm.takes(a) and _gemm.takes(b)
+    _gemm.multiply(a, b, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype) -> None:
+    a, b = torch.randn(20, 30, dtype=dtype), torch.randn(30, 40, dtype=dtype)
     a[7, 3] = float("nan")
     out = torch.empty(20, 40)
     _gemm.multiply(a, b, out)
