@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMak
 COMMA := ,
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean
+.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean triton36
 
 # torch is pinned with all else: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
@@ -47,17 +47,25 @@ coverage: $(VENV)/build.stamp $(VENV)/emulator.stamp
 sanitize: $(VENV)/build.stamp $(VENV)/emulator.stamp
 	PYELASTIC_TEST_SANITIZED_CASES=1000000 $(PY) -m pytest -q tests/test_emulated_builds.py
 
+# The Triton of torch 2.11: every kernel compiled ahead of time, then the interpreted tests (its interpreter wants an older numpy).
+triton36: $(VENV)/build.stamp
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.3"
+	PYTHONPATH=$(VENV)/triton36 $(PY) tests/kernel_budget.py --compare
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(VENV)/triton36:. $(PY) -m pytest -q -n $(JOBS) tests/ops tests/test_interpreted.py -k triton
+
 lint: $(VENV)/environment.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
 # On a machine with a GPU, against the torch that is there and without network. STEPS splits it over calls with a time limit.
+# A step that fails fails the whole, but only the build stops the others.
 STEPS ?= build test sanitize bench
+PIPED = bash -o pipefail -c
 ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a >= 9))")
 gpu:
 	@test -n "$(OUT)" || { echo "usage: make gpu OUT=dir [STEPS='build test sanitize bench']"; exit 2; }
 	mkdir -p "$(OUT)"
-	set -e; for step in $(STEPS); do $(MAKE) --no-print-directory gpu-$$step; done
+	status=0; for step in $(STEPS); do $(MAKE) --no-print-directory gpu-$$step || { status=1; test $$step != build || break; }; done; exit $$status
 
 # The link: without an installation nothing maps the package pyelastic.triton_kernels to its folder.
 gpu-build:
@@ -68,13 +76,13 @@ gpu-build:
 	cmake --build build/planted --target planted
 
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not slow" 2>&1 | tee "$(OUT)/tests.log"
+	$(PIPED) 'PYTHONPATH=. $(PYTHON) -m pytest -m "not slow" 2>&1 | tee "$(OUT)/tests.log"'
 
 gpu-sanitize:
-	PYTHONPATH=. $(PYTHON) tests/gpu_sanitize.py 2>&1 | tee "$(OUT)/sanitize.log"
+	$(PIPED) 'PYTHONPATH=. $(PYTHON) tests/gpu_sanitize.py 2>&1 | tee "$(OUT)/sanitize.log"'
 
 gpu-bench:
-	PYTHONPATH=. $(PYTHON) -m benchmarks --full --rounds 5 --out "$(OUT)" 2>&1 | tee "$(OUT)/bench.log"
+	$(PIPED) 'PYTHONPATH=. $(PYTHON) -m benchmarks --full --rounds 5 --out "$(OUT)" 2>&1 | tee "$(OUT)/bench.log"'
 
 clean:
 	rm -rf $(VENV) build pyelastic/_C*.so pyelastic/_build.json pyelastic/triton_kernels *.egg-info

@@ -1,6 +1,7 @@
 """What each kernel uses of each architecture, measured by compiling; the budget is data/kernel_budget.json.
 
 ``python tests/kernel_budget.py`` compiles all and prints the table of docs/kernel_figures.md; --write renews both.
+--compare holds another Triton's (first on PYTHONPATH) against the budget: 1 if a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -150,7 +151,25 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare(figures: dict[str, dict[str, Any]]) -> int:
+    """Prints what does not compile and what spills more than the budget says; the number of the former."""
+    budget = json.loads(BUDGET.read_text())
+    failed = {name: f["error"] for name, f in figures.items() if "error" in f}
+    for name, error in failed.items():
+        print(f"{name}: {error}")
+    for name, f in figures.items():
+        bytes_now, bytes_then = (x.get("stack", 0) + x.get("local", 0) for x in (f, budget[name]))
+        if bytes_now > bytes_then:
+            print(f"{name}: spills {bytes_now} bytes, {bytes_then} in the budget")
+    print(f"{len(figures)} kernels, {len(failed)} do not compile")
+    return len(failed)
+
+
 def main() -> None:
+    if "--compare" in sys.argv:
+        requests = triton_requests()
+        figures = dict(zip(requests, compiled.triton_figures(list(requests.values())), strict=True))
+        sys.exit(compare(figures) > 0)
     figures = measure()
     if not any(name.startswith("cuda") for name in figures):  # not built here: the figures of the build before
         figures |= {name: f for name, f in json.loads(BUDGET.read_text()).items() if name.startswith("cuda")}

@@ -145,7 +145,9 @@ def grad_queries(
                 at = p_winners + (tl.cast(level, tl.int64) * rows + i_r) * width + o_s
                 w = winner(at, m_q & there)
                 active = (w >= 0) & (c != 0)
-                row = first + tl.where(active, w, 0)
+                # Of a token without a winner the row is read by nobody. Triton 3.6 lays the select over `active` out
+                # wrongly and does not compile it; without it LIST spills on sm_100 (3.9).
+                row = first + (tl.where(active, w, 0) if LIST else tl.maximum(w, 0))
                 x = load_documents(p_d, p_codes, p_centroids, p_buckets, row, active, o_k, s_d, s_centroid, D, BITS)
                 each = tl.where(active, c, 0.0)
                 if D_INV:
