@@ -52,8 +52,6 @@ void decode_moment(const FiraProblem& p, const void* data, const float* scales, 
   }
 }
 
-// Stores a tile [rows, n] of a moment (row stride `ld` in x) and leaves in x what was stored. The tile spans whole
-// blocks: on the right one row and at most 128 coordinates, on the left at most 128 coordinates (rows) of n vectors.
 // Stores a tile [rows, n] of a moment (row stride `ld` in x) as codes and leaves in x what was stored. The tile spans whole
 // blocks: on the right one row and at most 128 coordinates, on the left at most 128 coordinates (rows) of n vectors.
 template <class T, class Code>
@@ -83,21 +81,24 @@ void encode_moment(const FiraProblem& p, void* data, float* scales, Int row, Int
   }
 }
 
-
-template <class T>
-T normalized(const FiraProblem& p, T m, T v) {
-  return static_cast<T>(p.correction) * (m / (std::sqrt(v) + static_cast<T>(p.eps)));
-}
-
-// Moments of type E with R, and N from them as they are stored.
+// Moments of type E with R.
 template <class T, class E>
-void update(const FiraProblem& p, const T* __restrict r, Int n, E* __restrict m, E* __restrict v, T* __restrict normal) {
+void update(const FiraProblem& p, const T* __restrict r, Int n, E* __restrict m, E* __restrict v) {
   const T b1 = static_cast<T>(p.beta1), b2 = static_cast<T>(p.beta2);
   const T c1 = static_cast<T>(1.0 - p.beta1), c2 = static_cast<T>(1.0 - p.beta2);
   for (Int i = 0; i < n; ++i) {
     narrow(b1 * widen(m[i]) + c1 * r[i], m + i);
     narrow(b2 * widen(v[i]) + c2 * (r[i] * r[i]), v + i);
-    normal[i] = normalized<T>(p, widen(m[i]), widen(v[i]));
+  }
+}
+
+// N of moments as they are stored; may be written over m.
+template <class T, class E>
+void normalize(const FiraProblem& p, const E* m, const E* v, Int n, T* normal) {
+  const T eps = static_cast<T>(p.eps), correction = static_cast<T>(p.correction);
+  for (Int i = 0; i < n; ++i) {
+    const T first = widen(m[i]), second = widen(v[i]);
+    normal[i] = correction * (first / (std::sqrt(second) + eps));
   }
 }
 
@@ -105,23 +106,25 @@ void update(const FiraProblem& p, const T* __restrict r, Int n, E* __restrict m,
 template <class T>
 void update_moments(const FiraProblem& p, const FiraMoments& s, Int row, Int first, Int n, const T* r, T* normal) {
   const Int at = row * (p.left ? p.vectors : p.rank) + first;
+  const auto in_place = [&](auto* m, auto* v) {
+    update(p, r, n, m + at, v + at);
+    normalize(p, m + at, v + at, n, normal);
+  };
   if (s.dtype == (sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64)) {
-    return update(p, r, n, static_cast<T*>(s.m) + at, static_cast<T*>(s.v) + at, normal);
+    return in_place(static_cast<T*>(s.m), static_cast<T*>(s.v));
   }
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (s.dtype == Dtype::bfloat16) {
-      return update(p, r, n, static_cast<std::uint16_t*>(s.m) + at, static_cast<std::uint16_t*>(s.v) + at, normal);
-    }
+    if (s.dtype == Dtype::bfloat16) return in_place(static_cast<std::uint16_t*>(s.m), static_cast<std::uint16_t*>(s.v));
   }
   T m[kSegment], v[kSegment];
   load_row(s.m, s.dtype, at, n, m);
   load_row(s.v, s.dtype, at, n, v);
-  update(p, r, n, m, v, normal);
+  update(p, r, n, m, v);
   write_row(m, n, s.m, s.dtype, at);
   write_row(v, n, s.v, s.dtype, at);
   load_row(s.m, s.dtype, at, n, m);
   load_row(s.v, s.dtype, at, n, v);
-  for (Int i = 0; i < n; ++i) normal[i] = normalized(p, m[i], v[i]);
+  normalize(p, m, v, n, normal);
 }
 
 // Moments of vectors first .. first + count - 1 on the right, and their squares |R|^2, |N|^2.
@@ -139,11 +142,10 @@ void moments_right(const FiraProblem& p, const FiraMoments& s, const Read& read,
       } else {
         decode_moment<T, std::int8_t>(p, s.m, s.m_scale, j, k, n, normal);
         decode_moment<T, std::uint8_t>(p, s.v, s.v_scale, j, k, n, v);
-        T unused[kFiraBlock];
-        update(p, r, n, normal, v, unused);
+        update(p, r, n, normal, v);
         encode_moment<T, std::int8_t>(p, s.m, s.m_scale, j, 1, k, n, normal, 0);
         encode_moment<T, std::uint8_t>(p, s.v, s.v_scale, j, 1, k, n, v, 0);
-        for (Int i = 0; i < n; ++i) normal[i] = normalized(p, normal[i], v[i]);
+        normalize(p, normal, v, n, normal);
       }
       r2 += sum_squares(r, n);
       n2 += sum_squares(normal, n);
@@ -186,7 +188,7 @@ void store_squares(const FiraProblem& p, Int first, Int n, ColumnSquares<T, kWid
 template <class T, class Read>
 void encoded_left(const FiraProblem& p, const FiraMoments& s, const Read& read, Int first, Int n, double* squares) {
   T m[kFiraBlock * kColumns], v[kFiraBlock * kColumns];  // 64 KB of float in all: L2, and a small part of a thread's stack
-  T r[kColumns], unused[kColumns];
+  T r[kColumns];
   ColumnSquares<T, kColumns> r2, n2;
   for (Int k0 = 0; k0 < p.rank; k0 += kFiraBlock) {
     const Int rows = least(kFiraBlock, p.rank - k0);
@@ -195,14 +197,14 @@ void encoded_left(const FiraProblem& p, const FiraMoments& s, const Read& read, 
       read(k0 + k, first, n, r);
       decode_moment<T, std::int8_t>(p, s.m, s.m_scale, k0 + k, first, n, mk);
       decode_moment<T, std::uint8_t>(p, s.v, s.v_scale, k0 + k, first, n, vk);
-      update(p, r, n, mk, vk, unused);
+      update(p, r, n, mk, vk);
       r2.add(r, n);
     }
     encode_moment<T, std::int8_t>(p, s.m, s.m_scale, k0, rows, first, n, m, kColumns);
     encode_moment<T, std::uint8_t>(p, s.v, s.v_scale, k0, rows, first, n, v, kColumns);
     for (Int k = 0; k < rows; ++k) {
       T *mk = m + k * kColumns, *vk = v + k * kColumns;
-      for (Int i = 0; i < n; ++i) mk[i] = normalized(p, mk[i], vk[i]);
+      normalize(p, mk, vk, n, mk);
       n2.add(mk, n);
     }
   }
@@ -249,7 +251,7 @@ void load_normalized(const FiraProblem& p, const FiraMoments& s, Int row, Int fi
     decode_moment<T, std::int8_t>(p, s.m, s.m_scale, row, first, n, m_room);
     decode_moment<T, std::uint8_t>(p, s.v, s.v_scale, row, first, n, v_room);
   }
-  for (Int i = 0; i < n; ++i) out[i] = normalized(p, m[i], v[i]);
+  normalize(p, m, v, n, out);
 }
 
 // C of a piece, over c = c R of it.
