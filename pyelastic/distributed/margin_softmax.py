@@ -207,9 +207,10 @@ class _Shard:
             )  # fmt: skip
             part = self._with_stand_ins(own, threshold, hard_map, scale, stats)
         else:
-            # Nothing, whose gradient still reaches the collectives of the backward pass.
+            # Nothing, whose gradient still reaches the collectives of the backward pass. Squares, as a plain sum's
+            # gradient is expanded, with strides of 0: torch 2.11 makes a DTensor's gradient a replicated one of it.
             never = torch.zeros_like(self.targets, dtype=torch.bool)
-            nothing = torch.where(never, self.e.sum(1).to(self.dtype), 0.0) + self.weight.sum()
+            nothing = torch.where(never, self.e.sum(1).to(self.dtype), 0.0) + self.weight.square().sum()
             part = Sweep(nothing, nothing - torch.inf, nothing, empty, zeros - torch.inf, zeros, zeros)
         theta = comm.sum_of(part.theta, self.group)
         lse_neg = comm.log_sum_exp(part.lse_neg, self.group)

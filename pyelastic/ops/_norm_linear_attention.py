@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the state: one per feature, and for MALA the sum of the values."""
-        return self.features + (self.map == MALA)
+        return self.features + int(self.map == MALA)  # torch 2.11 adds no bool to a symbolic size
 
     @property
     def pola(self) -> bool:
