@@ -73,8 +73,10 @@ gpu-build:
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
 	cmake --build build/planted --target planted
 
+# A dozen processes share the GPU: one would need longer than such a call may take, with Triton's compiling most of all.
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not slow" 2>&1 | tee "$(OUT)/tests.log"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. \
+	  $(PYTHON) -m pytest -m "not slow" -n $$(n=$$(nproc); echo $$((n > 12 ? 12 : n))) 2>&1 | tee "$(OUT)/tests.log"
 
 gpu-sanitize:
 	PYTHONPATH=. $(PYTHON) tests/gpu_sanitize.py 2>&1 | tee "$(OUT)/sanitize.log"
