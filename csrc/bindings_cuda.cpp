@@ -135,14 +135,25 @@ pyelastic::cuda::FiraShared shared(const FiraShared& s) {
           mma};
 }
 
+// What all launches of a group take, read from Python once.
+struct FiraGroup {
+  std::vector<pyelastic::cuda::FiraMatrix> matrices;
+  pyelastic::cuda::FiraShared shared;
+};
+
 void bind_fira(py::module_& m) {
+  py::class_<FiraGroup>(m, "_CudaFiraGroup", py::module_local())  // the emulator's module has its own
+      .def_property_readonly("mma", [](const FiraGroup& group) { return group.shared.mma; });
+  m.def("cuda_fira_group", [](const std::vector<FiraMatrix>& matrices, const FiraShared& s) {
+    if (matrices.size() > pyelastic::cuda::kFiraGroup) throw std::invalid_argument("fira: too many matrices in a group");
+    FiraGroup group{{}, shared(s)};
+    for (const auto& x : matrices) group.matrices.push_back(matrix(x));
+    return group;
+  });
   using Kernel = void (*)(const pyelastic::cuda::FiraMatrix*, int, const pyelastic::cuda::FiraShared&, void*);
   const auto def = [&](const char* name, Kernel kernel) {
-    m.def(name, [kernel](const std::vector<FiraMatrix>& group, const FiraShared& s, Pointer stream) {
-      pyelastic::cuda::FiraMatrix matrices[pyelastic::cuda::kFiraGroup];
-      if (group.size() > pyelastic::cuda::kFiraGroup) throw std::invalid_argument("fira: too many matrices in a group");
-      for (std::size_t i = 0; i < group.size(); ++i) matrices[i] = matrix(group[i]);
-      kernel(matrices, static_cast<int>(group.size()), shared(s), as<void>(stream));
+    m.def(name, [kernel](const FiraGroup& group, Pointer stream) {
+      kernel(group.matrices.data(), static_cast<int>(group.matrices.size()), group.shared, as<void>(stream));
     }, py::call_guard<py::gil_scoped_release>());
   };
   def("cuda_fira_project", pyelastic::cuda::fira_project);

@@ -1,5 +1,5 @@
 """Launcher of fira's CUDA kernels: scratch on the current stream, and four launches for each group of matrices (five
-where the limiter's norm may have to be formed directly).
+where the limiter's norm may have to be formed directly). A group's scratch is the next one's.
 
 Matrices go to the matrix units where all their sizes, strides and addresses allow 16-byte copies; the others, and
 float32, to float32 tiles. Nothing here synchronises or copies to the device, so a step can be captured in a CUDA graph.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.ops._binding import pointer
+from pyelastic.ops._fira_matrix import Matrix, parts
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 GROUP = 16  # kFiraGroup
@@ -64,67 +64,60 @@ def step_(
     with nullcontext() if emulated else torch.cuda.device(device):
         numbers = [None if x is None else x.to(torch.float32) for x in (grad_factor, found_inf)]
         scalars = [beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s]
-        for i in range(len(params)):
-            if params[i].numel() == 0:
+        kinds = (DTYPES[params[0].dtype], DTYPES.get(exp_avgs[0].dtype, 0))  # 8-bit: told by the scales
+        head = (*kinds, lr.data_ptr(), *map(pointer, numbers))
+        chosen: dict[bool, list[Matrix]] = {True: [], False: []}
+        for i, w in enumerate(params):
+            if w.numel() == 0:
                 steps[i].add_(1 if found_inf is None else (found_inf <= 0).to(steps[i].dtype))
-        entries = [i for i, p in enumerate(params) if p.numel()]
-        prepared = {
-            i: _Matrix(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], moment_scales[2 * i : 2 * i + 2],
-                       projectors[i], grams, limiter_norms[i], steps[i], remainders, left[i], seeds[i], i)
-            for i in entries
-        }  # fmt: skip
-        for mma in (True, False):
-            chosen = [x for x in prepared.values() if x.mma == mma]
-            for first in range(0, len(chosen), GROUP):
-                part = chosen[first : first + GROUP]
-                kinds = (DTYPES[params[0].dtype], DTYPES.get(exp_avgs[0].dtype, 0))  # 8-bit: told by the scales
-                head = (*kinds, lr.data_ptr(), *map(pointer, numbers))
-                group = [x.descriptor() for x in part]
+                continue
+            state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
+            gram = grams[i] if grams else None
+            matrix = Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seeds[i])
+            chosen[_takes_mma(matrix)].append(matrix)
+        for mma, matrices in chosen.items():
+            sizes = [_offsets(x, mma) for x in matrices]
+            at = 0
+            for part, size in parts(matrices, [x[-1] for x in sizes], GROUP):
+                scratch = torch.empty(size, device=device)
+                address, rows = scratch.data_ptr(), []
+                for x, offsets in zip(part, sizes[at:], strict=False):
+                    rows.append(_descriptor(x, address, offsets, bool(moment_scales)))
+                    address += 4 * offsets[-1]
+                at += len(part)
+                group = module.cuda_fira_group(rows, (head, scalars, flags, mma))
                 for kernel in kernels:
-                    getattr(module, f"cuda_fira_{kernel}")(group, (head, scalars, flags, mma), stream)
+                    getattr(module, f"cuda_fira_{kernel}")(group, stream)
                 for x in part:
                     x.finish()
 
 
-class _Matrix:
-    """Pointers, sizes and scratch of one matrix; what is not laid out for the kernels is stepped in a copy."""
+def _takes_mma(x: Matrix) -> bool:
+    """16-bit operands whose sizes, strides and addresses allow 16-byte copies."""
+    w = x.work[0]
+    if w.itemsize != 2 or (x.vectors if x.left else x.dim) % 8 or x.rank % 8 or x.strides[0] % 8 or x.strides[1] % 8:
+        return False
+    return not (w.data_ptr() | x.g.data_ptr() | x.p.data_ptr()) % 16
 
-    def __init__(
-        self, w: Tensor, g: Tensor, m: Tensor, v: Tensor, scales: Sequence[Tensor], p: Tensor, grams: Sequence[Tensor],
-        norm: Tensor, step: Tensor, remainders: Sequence[Tensor], left: bool, seed: int, i: int,
-    ) -> None:  # fmt: skip
-        self.originals = [w, m, v, *scales] + ([remainders[i]] if remainders else [])
-        self.scaled = bool(scales)
-        self.work = [x if x.is_contiguous() else x.contiguous() for x in self.originals]
-        if w.stride(1) == 1:
-            self.work[0] = w
-        self.g = g if g.stride(1) == 1 else g.contiguous()
-        self.p = p.to(w.dtype).contiguous()
-        self.gram = grams[i].float().contiguous() if grams and grams[i].numel() else None
-        self.norm, self.step, self.left, self.seed = norm, step, left, seed
-        self.rows, self.columns = w.shape
-        self.rank = p.shape[1] if left else p.shape[0]
-        vectors = self.columns if left else self.rows
-        w = self.work[0]
-        sizes = (self.columns, self.rank, w.stride(0), self.g.stride(0))
-        addresses = [x.data_ptr() for x in (w, self.g, self.p)]
-        self.mma = (
-            w.dtype != torch.float32 and all(n % 8 == 0 for n in sizes) and all(a % 16 == 0 for a in addresses)
-        )  # fmt: skip
-        empty: Any = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=w.device)  # noqa: E731
-        self.r = empty(*m.shape)
-        self.c = empty(*m.shape, dtype=w.dtype) if self.mma else self.r
-        self.stats, self.f, self.scalars = empty(4, vectors), empty(vectors), empty(6)
 
-    def descriptor(self) -> tuple[list[int], list[int], int, bool]:
-        w, m, v, *rest = self.work
-        m_scale, v_scale = (rest.pop(0), rest.pop(0)) if self.scaled else (None, None)
-        tensors = (w, self.g, self.p, self.r, self.c, m, v, m_scale, v_scale, self.gram, rest[0] if rest else None,
-                   self.stats, self.f, self.scalars, self.norm, self.step)  # fmt: skip
-        sizes = [self.rows, self.columns, self.rank, self.g.stride(0), w.stride(0)]
-        return [pointer(x) for x in tensors], sizes, self.seed, self.left
+def _offsets(x: Matrix, mma: bool) -> tuple[int, ...]:
+    """Where in a matrix's scratch stats, f, scalars, C (16-bit; else it is R) and R begin, and its size, in floats."""
+    r = x.vectors * x.rank
+    at = [0]
+    for n in (4 * x.vectors, x.vectors, 6, (r + 1) // 2 if mma else 0, r):
+        at.append(at[-1] + (n + 31) // 32 * 32)
+    return tuple(at)
 
-    def finish(self) -> None:
-        for original, copy in zip(self.originals, self.work, strict=True):
-            if copy is not original:
-                original.copy_(copy)
+
+def _descriptor(
+    x: Matrix, scratch: int, offsets: tuple[int, ...], scaled: bool
+) -> tuple[list[int], tuple[int, ...], int, bool]:
+    stats, f, scalars, c, r = (scratch + 4 * n for n in offsets[:5])
+    w, m, v, *rest = (tensor.data_ptr() for tensor in x.work)
+    m_scale, v_scale = rest[:2] if scaled else (0, 0)
+    remainder = rest[-1] if len(rest) % 2 else 0
+    gram = 0 if x.gram is None else x.gram.data_ptr()
+    pointers = [w, x.g.data_ptr(), x.p.data_ptr(), r, c if offsets[3] < offsets[4] else r, m, v, m_scale, v_scale, gram,
+                remainder, stats, f, scalars, x.norm.data_ptr(), x.step.data_ptr()]  # fmt: skip
+    rows, columns = (x.dim, x.vectors) if x.left else (x.vectors, x.dim)
+    return pointers, (rows, columns, x.rank, x.strides[1], x.strides[0]), x.seed, x.left

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyelastic.eager.fira import Flags
 from pyelastic.ops import _device_tables
 from pyelastic.ops._fira_cuda import may_cancel
+from pyelastic.ops._fira_matrix import Matrix, parts
 
 NEVER = 1 << 62  # the first program of a matrix that is not there
 
@@ -52,7 +53,7 @@ def step_(
     """The raw op ``fira_step.triton``."""
     from pyelastic.triton_kernels import fira as kernels
 
-    groups: dict[tuple[bool, bool, bool], list[_Matrix]] = {}
+    groups: dict[tuple[bool, bool, bool], list[Matrix]] = {}
     for i, w in enumerate(params):
         if w.numel() == 0:
             steps[i].add_(1 if found_inf is None else (found_inf.view(()) <= 0).to(steps[i].dtype))
@@ -60,8 +61,8 @@ def step_(
         gram = grams[i] if grams and grams[i].numel() and a_r != 0 else None
         seed = seeds[i] if flags & Flags.STOCHASTIC else 0
         state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
-        matrix = _Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seed)
-        groups.setdefault((matrix.left, matrix.aligned, gram is not None), []).append(matrix)
+        matrix = Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seed)
+        groups.setdefault((matrix.left, _is_aligned(matrix), matrix.gram is not None), []).append(matrix)
     if not groups:
         return
     device = params[0].device
@@ -69,81 +70,53 @@ def step_(
     numbers = (beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for (side, aligned, has_gram), matrices in groups.items():
-            for first in range(0, len(matrices), kernels.GROUP):
-                part = matrices[first : first + kernels.GROUP]
+            for part, size in parts(matrices, [sum(_scratch(x)) for x in matrices], kernels.GROUP):
                 options = {
                     "LEFT": side, "ALIGNED": aligned, "HAS_GRAM": has_gram, "HAS_REST": bool(remainders),
                     "EIGHT": bool(moment_scales), "HAS_FACTOR": factor is not None, "HAS_INF": inf is not None,
                 }  # fmt: skip
                 exact = may_cancel(a_r, a_s, grams)
                 _launch(part, options, (lr if factor is None else factor, lr if inf is None else inf, lr), numbers,
-                        Flags(flags), exact)  # fmt: skip
+                        Flags(flags), exact, size)  # fmt: skip
                 for matrix in part:
                     matrix.finish()
 
 
-class _Matrix:
-    """Pointers and sizes of one matrix; what is not laid out for the kernels is stepped in a copy.
-
-    ``state``: both moments, their scales if they are 8-bit, the remainder if there is one.
-    """
-
-    def __init__(
-        self, w: Tensor, g: Tensor, p: Tensor, state: list[Tensor], gram: Tensor | None, norm: Tensor, step: Tensor,
-        left: bool, seed: int,
-    ) -> None:  # fmt: skip
-        self.originals = [w, *state]
-        self.work = [x if x.is_contiguous() else x.contiguous() for x in self.originals]
-        if w.stride(1) == 1:
-            self.work[0] = w
-        self.g = g if g.stride(1) == 1 else g.contiguous()
-        self.p = p.to(w.dtype).contiguous()
-        self.gram = None if gram is None else gram.float().contiguous()
-        self.norm, self.step, self.left, self.seed = norm, step, left, seed
-        self.rank = p.shape[1] if left else p.shape[0]
-        self.vectors, self.dim = (w.shape[1], w.shape[0]) if left else w.shape
-        self.strides = (self.work[0].stride(0), self.g.stride(0))
-        read = [*self.work, self.g, self.p, *([] if self.gram is None else [self.gram])]
-        sizes = (self.vectors, self.dim, self.rank, *self.strides)
-        self.aligned = all(n % 16 == 0 for n in sizes) and all(x.data_ptr() % 16 == 0 for x in read)
-
-    def scratch(self) -> tuple[int, ...]:
-        """Floats of R, stats, f and the scalars, each a multiple of 16."""
-        return tuple(-(-n // 16) * 16 for n in (self.vectors * self.rank, 4 * self.vectors, self.vectors, 8))
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.work, self.g, self.p, self.norm, self.step, *([] if self.gram is None else [self.gram])]
-
-    def row(self, first: int, eight: bool) -> list[int]:
-        """The matrix in its group's table; ``first``: where in the group's scratch its own begins."""
-        at = [first]
-        for n in self.scratch():
-            at.append(at[-1] + n)
-        w, m, v, *rest = (x.data_ptr() for x in self.work)
-        m_scale, v_scale = (rest.pop(0), rest.pop(0)) if eight else (0, 0)
-        return [
-            w, self.g.data_ptr(), self.p.data_ptr(), at[0], m, v, m_scale, v_scale,
-            0 if self.gram is None else self.gram.data_ptr(), rest[0] if rest else 0, at[1], at[2], at[3],
-            self.norm.data_ptr(), self.step.data_ptr(), self.vectors, self.dim, self.rank, *self.strides,
-            self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF, 0, 0,
-        ]  # fmt: skip
-
-    def finish(self) -> None:
-        for original, copy in zip(self.originals, self.work, strict=True):
-            if copy is not original:
-                original.copy_(copy)
+def _is_aligned(x: Matrix) -> bool:
+    sizes = (x.vectors, x.dim, x.rank, *x.strides)
+    read = [*x.work, x.g, x.p, *([] if x.gram is None else [x.gram])]
+    return all(n % 16 == 0 for n in sizes) and all(tensor.data_ptr() % 16 == 0 for tensor in read)
 
 
-def _table(part: list[_Matrix], eight: bool, grids: list[list[int]], group: int) -> tuple[list[Tensor], list[int]]:
-    """The group's rows, for each kernel the first program of each matrix, and the scratch; each kernel's programs.
+def _scratch(x: Matrix) -> tuple[int, ...]:
+    """Floats of R, stats, f and the scalars, each a multiple of 16."""
+    return tuple(-(-n // 16) * 16 for n in (x.vectors * x.rank, 4 * x.vectors, x.vectors, 8))
+
+
+def _row(x: Matrix, first: int, eight: bool) -> list[int]:
+    """The matrix in its group's table; ``first``: where in the group's scratch its own begins."""
+    at = [first]
+    for n in _scratch(x):
+        at.append(at[-1] + n)
+    w, m, v, *rest = (tensor.data_ptr() for tensor in x.work)
+    m_scale, v_scale = (rest.pop(0), rest.pop(0)) if eight else (0, 0)
+    return [
+        w, x.g.data_ptr(), x.p.data_ptr(), at[0], m, v, m_scale, v_scale, 0 if x.gram is None else x.gram.data_ptr(),
+        rest[0] if rest else 0, at[1], at[2], at[3], x.norm.data_ptr(), x.step.data_ptr(), x.vectors, x.dim, x.rank,
+        *x.strides, x.seed & 0xFFFFFFFF, (x.seed >> 32) & 0xFFFFFFFF, 0, 0,
+    ]  # fmt: skip
+
+
+def _table(part: list[Matrix], eight: bool, grids: list[list[int]], group: int) -> tuple[list[Tensor], list[int]]:
+    """The group's rows, and for each kernel the first program of each matrix; each kernel's programs.
 
     ``grids``: for each kernel the programs of each matrix.
     """
     device = part[0].g.device
     numbers, size = [], 0
     for x in part:
-        numbers += x.row(size, eight)
-        size += sum(x.scratch())
+        numbers += _row(x, size, eight)
+        size += sum(_scratch(x))
     rows, totals = len(numbers), []
     for programs in grids:
         total = 0
@@ -153,17 +126,20 @@ def _table(part: list[_Matrix], eight: bool, grids: list[list[int]], group: int)
         numbers += [NEVER] * (group - len(programs))
         totals.append(total)
     table = _device_tables.get(numbers, device, "fira", "triton")
-    views = [table[:rows], *table[rows:].split(group), torch.empty(size, device=device)]
+    views = [table[:rows], *table[rows:].split(group)]
     # For the checked interpreter (tests/interpreted.py): kernels may touch these and no more. The view is this call's.
     views[0].points_to = [y for x in part for y in x.tensors()]
     return views, totals
 
 
 def _launch(
-    part: list[_Matrix], options: dict[str, bool], shared: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...],
-    flags: Flags, exact: bool,
+    part: list[Matrix], options: dict[str, bool], shared: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...],
+    flags: Flags, exact: bool, size: int,
 ) -> None:  # fmt: skip
-    """``shared``: gradient factor, found_inf (anything where options say there is none) and lr."""
+    """``shared``: gradient factor, found_inf (anything where options say there is none) and lr.
+
+    ``size``: of the scratch, in floats.
+    """
     import triton.language as tl
     from triton import cdiv
 
@@ -180,7 +156,8 @@ def _launch(
         [cdiv(x.vectors, narrow[0]) for x in part],
         [cdiv(x.vectors, tile[0]) * cdiv(x.dim, tile[1]) for x in part],
     ]
-    (table, *first, scratch), programs = _table(part, eight, grids, kernels.GROUP)
+    (table, *first), programs = _table(part, eight, grids, kernels.GROUP)
+    scratch = torch.empty(size, device=w.device)
     p_factor, p_inf, lr = shared
     none = not flags & Flags.CORRECT_BIAS  # then both powers are 0 and the correction 1
     logs = [-math.inf if none or beta == 0 else math.log(beta) for beta in (beta1, beta2)]

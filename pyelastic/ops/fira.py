@@ -199,9 +199,9 @@ def fira_state(
 # --- checks ---------------------------------------------------------------------------------------------------
 
 
-def _shape(name: str, tensor: Tensor, want: tuple[int, ...], why: str) -> None:
-    if tuple(tensor.shape) != want:
-        raise ValueError(f"{OP}: {name} is {list(tensor.shape)}; expected {list(want)}, {why}")
+def _shape(name: str, i: int, field: str, tensor: Tensor, want: tuple[int, ...], why: str) -> None:
+    if tensor.shape != want:
+        raise ValueError(f"{OP}: {name}[{i}]{field} is {list(tensor.shape)}; expected {list(want)}, {why}")
 
 
 def _check(
@@ -228,34 +228,48 @@ def _check(
     elif not lr >= 0:
         raise ValueError(f"{OP}: lr is {lr}; expected a non-negative number")
     for i, (w, g, s, side) in enumerate(zip(params, grads, states, left, strict=True)):
-        _errors.check_rank(OP, f"params[{i}]", w, 2, "[m, n]")
-        _errors.refuse_dtensor(OP, **{f"params[{i}]": w, f"grads[{i}]": g})
-        if g.layout != torch.strided:
-            raise TypeError(f"{OP}: grads[{i}] is sparse; expected a dense gradient")
-        _errors.check_floating(OP, f"params[{i}]", w, DTYPES)
-        for name, x in (("params", w), ("grads", g)):
-            if x.dtype != params[0].dtype:
-                raise TypeError(f"{OP}: {name}[{i}] is {x.dtype}, params[0] is {params[0].dtype}; expected one dtype")
-        _shape(f"grads[{i}]", g, tuple(w.shape), "the shape of its parameter")
-        m, n = w.shape
-        p = s.projector
-        _errors.check_rank(OP, f"states[{i}].projector", p, 2, "[m, r]" if side else "[r, n]")
-        rank = p.shape[1] if side else p.shape[0]
-        _shape(f"states[{i}].projector", p, (m, rank) if side else (rank, n), f"left={side} of [{m}, {n}]")
-        for name in ("exp_avg", "exp_avg_sq"):
-            _shape(f"states[{i}].{name}", getattr(s, name), (rank, n) if side else (m, rank), f"rank {rank}")
-        if s.exp_avg.dtype != states[0].exp_avg.dtype or s.exp_avg_sq.dtype != states[0].exp_avg_sq.dtype:
-            raise TypeError(f"{OP}: states[{i}] has moments in {s.exp_avg.dtype}; expected one dtype in a call")
-        if s.exp_avg.dtype == torch.int8 and s.moment_scales is None:
-            raise ValueError(f"{OP}: states[{i}] has 8-bit moments and no moment_scales")
-        if (s.remainder is None) != (states[0].remainder is None):
-            raise ValueError(f"{OP}: states[{i}].remainder: expected for all matrices of a call or for none")
-        if s.gram is not None:
-            _shape(f"states[{i}].gram", s.gram, (rank, rank), f"rank {rank}")
-        tensors = {f"params[{i}]": w, f"grads[{i}]": g, "params[0]": params[0], f"states[{i}].projector": p}
-        _errors.check_same_device(OP, **tensors, **{f"states[{i}].exp_avg": s.exp_avg, f"states[{i}].step": s.step})
+        _check_matrix(i, w, g, s, side, params[0], states[0])
     if stochastic and params and params[0].dtype != torch.bfloat16:
         raise TypeError(f"{OP}: stochastic=True rounds bfloat16 weights; params[0] is {params[0].dtype}")
+
+
+def _check_matrix(i: int, w: Tensor, g: Tensor, s: FiraState, side: bool, first: Tensor, like: FiraState) -> None:
+    """Of matrix ``i``; the names for messages are made where one fails, as a model has hundreds of matrices a step."""
+    if not isinstance(w, Tensor) or w.ndim != 2:
+        _errors.check_rank(OP, f"params[{i}]", w, 2, "[m, n]")
+    if hasattr(w, "_local_tensor") or hasattr(g, "_local_tensor"):
+        _errors.refuse_dtensor(OP, **{f"params[{i}]": w, f"grads[{i}]": g})
+    if g.layout != torch.strided:
+        raise TypeError(f"{OP}: grads[{i}] is sparse; expected a dense gradient")
+    dtype, device = first.dtype, first.device
+    if w.dtype not in DTYPES:
+        _errors.check_floating(OP, f"params[{i}]", w, DTYPES)
+    if w.dtype != dtype or g.dtype != dtype:
+        name, x = ("params", w) if w.dtype != dtype else ("grads", g)
+        raise TypeError(f"{OP}: {name}[{i}] is {x.dtype}, params[0] is {dtype}; expected one dtype")
+    _shape("grads", i, "", g, w.shape, "the shape of its parameter")
+    m, n = w.shape
+    p = s.projector
+    if not isinstance(p, Tensor) or p.ndim != 2:
+        _errors.check_rank(OP, f"states[{i}].projector", p, 2, "[m, r]" if side else "[r, n]")
+    rank = p.shape[1 if side else 0]
+    if p.shape != ((m, rank) if side else (rank, n)):
+        _shape("states", i, ".projector", p, (m, rank) if side else (rank, n), f"left={side} of [{m}, {n}]")
+    moment = (rank, n) if side else (m, rank)
+    if s.exp_avg.shape != moment or s.exp_avg_sq.shape != moment:
+        for name in ("exp_avg", "exp_avg_sq"):
+            _shape("states", i, f".{name}", getattr(s, name), moment, f"rank {rank}")
+    if s.exp_avg.dtype != like.exp_avg.dtype or s.exp_avg_sq.dtype != like.exp_avg_sq.dtype:
+        raise TypeError(f"{OP}: states[{i}] has moments in {s.exp_avg.dtype}; expected one dtype in a call")
+    if s.exp_avg.dtype == torch.int8 and s.moment_scales is None:
+        raise ValueError(f"{OP}: states[{i}] has 8-bit moments and no moment_scales")
+    if (s.remainder is None) != (like.remainder is None):
+        raise ValueError(f"{OP}: states[{i}].remainder: expected for all matrices of a call or for none")
+    if s.gram is not None and s.gram.shape != (rank, rank):
+        _shape("states", i, ".gram", s.gram, (rank, rank), f"rank {rank}")
+    if any(x.device != device for x in (w, g, p, s.exp_avg, s.step)):
+        tensors = {f"params[{i}]": w, f"grads[{i}]": g, "params[0]": first, f"states[{i}].projector": p}
+        _errors.check_same_device(OP, **tensors, **{f"states[{i}].exp_avg": s.exp_avg, f"states[{i}].step": s.step})
 
 
 # --- raw ops --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pyelastic.optim import projectors
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.int8}
 # The overlap of two successive bases above which `adaptive_gap` doubles a matrix's gap.
 STEADY = 0.9
+_ONE_CALL = torch.tensor([1, 0, 0, 0])
 
 
 class Due(NamedTuple):
@@ -47,7 +48,7 @@ def plan(
     schedule = state.get("schedule")
     calls, refreshes, due, times = (0, 0, 0, 1) if schedule is None else schedule.tolist()
     if calls < due:
-        state["schedule"] = torch.tensor([calls + 1, refreshes, due, times])
+        state["schedule"].add_(_ONE_CALL)
         return None
     left = projectors.side_is_left(shape, group["proj_type"])
     warm = schedule is not None and bool(state["left"]) == left

@@ -22,6 +22,9 @@ TRANSFERS = ("keep", "rotate", "reset")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
+_Entry = tuple[Tensor, Tensor, Tensor, dict[str, Any]]  # a parameter, it and its gradient as matrices, its state
+
+
 class Fira(torch.optim.Optimizer):
     """Fira (Chen et al. 2024, arXiv 2410.01623): low-rank Adam plus the scaled rest of the gradient.
 
@@ -61,6 +64,8 @@ class Fira(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and leaves both to the step
     _mode = "official"
+    # What the places were made for, and they; holds the parameters, so that an id stands for one tensor.
+    _known_places: tuple[list[tuple[Any, ...]], dict[Tensor, tuple[int, float]]] | None = None
 
     def __init__(
         self,
@@ -142,6 +147,9 @@ class Fira(torch.optim.Optimizer):
 
     def _places(self) -> dict[Tensor, tuple[int, float]]:
         """Per projected parameter its number and its place in the refresh cycle, in [0, 1), by the work before it."""
+        key = [(group.get("rank"), *map(id, group["params"])) for group in self.param_groups]
+        if self._known_places is not None and self._known_places[0] == key:
+            return self._known_places[1]
         found: dict[Tensor, tuple[int, float]] = {}
         work = [
             (p, p.numel() * min(group["rank"], p.shape[0], math.prod(p.shape[1:])))
@@ -155,6 +163,7 @@ class Fira(torch.optim.Optimizer):
         for number, (p, cost) in enumerate(work):
             found[p] = (number, before / total)
             before += cost
+        self._known_places = (key, found)
         return found
 
     # --- the step -------------------------------------------------------------------------------------------
@@ -177,7 +186,7 @@ class Fira(torch.optim.Optimizer):
             found_inf = _distributed().agree(found_inf, self._sharded())
         sharded: list[tuple[Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
-            low: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            low: dict[Any, list[_Entry]] = {}
             dense: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None or p.numel() == 0:
@@ -191,10 +200,10 @@ class Fira(torch.optim.Optimizer):
                     w = _matrix(p)
                     g = p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype)
                     g = _matrix(g, like=p)
-                    self._prepare(p, w, g, group, places[p])
                     state = self.state[p]
+                    self._prepare(state, w, g, group, places[p])
                     kind = (p.device, p.dtype, state["exp_avg"].dtype, "remainder" in state)
-                    low.setdefault(kind, []).append((p, w, g))
+                    low.setdefault(kind, []).append((p, w, g, state))
                 else:
                     dense.setdefault((p.device, p.dtype), []).append(p)
             for (device, *_), entries in low.items():
@@ -210,24 +219,24 @@ class Fira(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"] if _is_dtensor(p)]
 
     def _step_low(
-        self, entries: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any],
-        places: dict[Tensor, tuple[int, float]], factor: Tensor | None, found_inf: Tensor | None,
+        self, entries: list[_Entry], group: dict[str, Any], places: dict[Tensor, tuple[int, float]],
+        factor: Tensor | None, found_inf: Tensor | None,
     ) -> None:  # fmt: skip
-        states = [self.state[p] for p, _, _ in entries]
-        targets = [w for _, w, _ in entries]
+        params, targets, grads, states = zip(*entries, strict=True)
+        stochastic = group["weight_rounding"] == "stochastic" and targets[0].dtype == torch.bfloat16
         fira(
-            targets, [g for _, _, g in entries], [_as_state(s) for s in states],
+            targets, grads, [_as_state(s) for s in states],
             left=[bool(s["left"]) for s in states], lr=group["lr"], betas=group["betas"], eps=group["eps"],
             weight_decay=group["weight_decay"], alpha=self._alpha(group), mode=group["mode"], gamma=group["gamma"],
             correct_bias=group["correct_bias"], maximize=group["maximize"], per_matrix=group["per_matrix"],
-            collapse=group["collapse"],
-            stochastic=group["weight_rounding"] == "stochastic" and targets[0].dtype == torch.bfloat16,
-            seeds=[self._seed_of(places[p][0], 0) for p, _, _ in entries], grad_factor=factor, found_inf=found_inf,
-            backend=self._backend,
+            collapse=group["collapse"], stochastic=stochastic,
+            seeds=[self._seed_of(places[p][0], 0) for p in params] if stochastic else None, grad_factor=factor,
+            found_inf=found_inf, backend=self._backend,
         )  # fmt: skip
-        for (p, w, _), target in zip(entries, targets, strict=True):
-            if target.data_ptr() != p.data_ptr():  # a layout without a matrix view: the step ran on a copy
-                p.copy_(w.view(p.shape))
+        for p, target in zip(params, targets, strict=True):
+            # A layout without a matrix view: the step ran on a copy.
+            if target is not p and target.data_ptr() != p.data_ptr():
+                p.copy_(target.view(p.shape))
 
     def _alpha(self, group: dict[str, Any]) -> float:
         return float(group["alpha"])
@@ -265,7 +274,12 @@ class Fira(torch.optim.Optimizer):
         sharded = [g for g in grads if _is_dtensor(g)]
         grads = [g for g in grads if not _is_dtensor(g)]
         norms = [_distributed().norm(sharded).to(device)] if sharded else []
-        norms += [torch.linalg.vector_norm(g, dtype=_exact(g)).to(device, torch.float64) for g in grads]
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for g in grads:
+            kinds.setdefault((g.device, g.dtype), []).append(g)
+        for tensors in kinds.values():
+            each = torch._foreach_norm(tensors, 2, dtype=_exact(tensors[0]))
+            norms.append(torch.linalg.vector_norm(torch.stack(each), dtype=torch.float64).to(device))
         total = torch.linalg.vector_norm(torch.stack(norms))
         inverse = torch.ones_like(total) if scale is None else scale.to(torch.float64).reciprocal()
         return torch.clamp(self._max_grad_norm / (total * inverse + 1e-6), max=1.0) * inverse
@@ -276,10 +290,9 @@ class Fira(torch.optim.Optimizer):
         return (self._seed * 0x9E3779B9 + number * 0x85EBCA6B + refreshes * 0xC2B2AE35) & 0x7FFFFFFFFFFFFFFF
 
     def _prepare(
-        self, p: Tensor, w: Tensor, g: Tensor, group: dict[str, Any], place: tuple[int, float]
+        self, state: dict[str, Any], w: Tensor, g: Tensor, group: dict[str, Any], place: tuple[int, float]
     ) -> None:
         """Count the call, and refresh the basis where one is due."""
-        state = self.state[p]
         due = _refresh.plan(self, state, (w.shape[0], w.shape[1]), group, place[0])
         if due is None:
             return

@@ -31,7 +31,8 @@ def test_launches_of_a_group(options: dict[str, Any], want: list[str], monkeypat
 
     class Counted:
         def __getattr__(self, name: str) -> Any:
-            seen.append(name.removeprefix("cuda_fira_"))
+            if name != "cuda_fira_group":
+                seen.append(name.removeprefix("cuda_fira_"))
             return getattr(module, name)
 
     monkeypatch.setattr(launcher._extension, "load_cuda", lambda: (Counted(), emulated))
@@ -70,11 +71,11 @@ def test_the_cases_of_the_sanitizer_reach_every_kernel(monkeypatch: pytest.Monke
 
     class Seen:
         def __getattr__(self, name: str) -> Any:
-            def call(group: Any, shared: Any, stream: int) -> None:
-                seen.add((name.removeprefix("cuda_fira_"), shared[-1]))
-                getattr(module, name)(group, shared, stream)
+            def call(group: Any, stream: int) -> None:
+                seen.add((name.removeprefix("cuda_fira_"), group.mma))
+                getattr(module, name)(group, stream)
 
-            return call
+            return module.cuda_fira_group if name == "cuda_fira_group" else call
 
     monkeypatch.setattr(launcher._extension, "load_cuda", lambda: (Seen(), True))
     gpu_sanitize.run_fira("cpu")

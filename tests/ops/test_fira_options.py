@@ -7,6 +7,7 @@ storage of moments.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import backends
 import oracle
@@ -17,8 +18,10 @@ from layouts import KINDS, lay
 
 import pyelastic
 from pyelastic.eager import fira as eager
+from pyelastic.ops import _fira_matrix
 from pyelastic.ops import _fira_triton as triton_launcher
 from pyelastic.ops import fira as ops
+from pyelastic.ops._fira_matrix import Matrix
 
 OPTIONS: list[dict[str, Any]] = [
     {"gamma": None}, {"correct_bias": False}, {"maximize": True}, {"per_matrix": True, "mode": "apollo"},
@@ -308,12 +311,42 @@ def test_triton_vouches_for_no_alignment_that_is_not_there(left: bool) -> None:
             given.g = torch.cat([given.g.flatten(), given.g.new_zeros(1)])[1:].view_as(given.g)
         s = given.state
         state = [s.exp_avg, s.exp_avg_sq]
-        made = triton_launcher._Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
-        assert made.aligned == aligned, change
+        made = Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
+        assert triton_launcher._is_aligned(made) == aligned, change
         got = given.clone()
         got.g = given.g
         run("triton", got)
         check("triton", given, got)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name in backends.implemented("fira")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_matrices_do_not_share_a_launch(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scratch is bounded: five matrices in groups of 2, 2 and 1 give the bits of one group."""
+    spied, empty = [], torch.empty
+
+    def spy(*shape: Any, **how: Any) -> torch.Tensor:
+        if isinstance(shape[0], int):
+            spied.append(4 * shape[0])
+        return empty(*shape, **how)
+
+    def step() -> list[Problem]:
+        got = [problem(48, 64, 16, False, dtype, seed=i).clone(device=backends.device_of(backend)) for i in range(5)]
+        spied.clear()
+        with mock.patch.object(torch, "empty", spy):
+            run(backend, *got)
+        return got
+
+    together = step()
+    assert len(spied) == 1
+    one = spied[0] // 5
+    monkeypatch.setattr(_fira_matrix, "SCRATCH_BYTES", 3 * one - 1)
+    apart = step()
+    assert spied == [2 * one, 2 * one, one]
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a.w, b.w) and torch.equal(a.state.exp_avg, b.state.exp_avg)
 
 
 @over_kernels
