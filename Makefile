@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMak
 COMMA := ,
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean triton36
+.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean triton36 oldest
 
 # torch is pinned with all else: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
@@ -52,6 +52,14 @@ triton36: $(VENV)/build.stamp
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.3"
 	PYTHONPATH=$(VENV)/triton36 $(PY) tests/kernel_budget.py --compare
 	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(VENV)/triton36:. $(PY) -m pytest -q -n $(JOBS) tests/ops tests/test_interpreted.py -k triton
+
+# The oldest torch, on the CPU (its wheel brings 3 GB of CUDA); its Triton is too old for the kernels.
+oldest: $(VENV)/build.stamp
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/python -m pip install --quiet torch==2.6.0 "numpy<2.3" pytest pytest-xdist hypothesis scikit-learn rich \
+	  matplotlib psutil filelock
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/oldest/bin/python -m pytest -q -n $(JOBS) -m "not slow" -k "not triton" \
+	  --ignore tests/test_interpreted.py --ignore tests/test_packaging.py
 
 lint: $(VENV)/environment.stamp
 	$(VENV)/bin/ruff check .

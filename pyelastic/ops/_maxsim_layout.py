@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,14 +57,19 @@ class Inputs(NamedTuple):
     max_q: int
     max_d: int
 
+    def changed(self, **fields: Any) -> Inputs:
+        """The same with other ``fields``, as ``_replace``, through which torch.compile of torch 2.6 does not go."""
+        values: list[Any] = [fields.get(name, value) for name, value in zip(FIELDS, self, strict=True)]
+        return Inputs(*values)
+
     @property
     def planes(self) -> int:
         """Scores per pair: prefixes of the dimension."""
-        return len(self.prefixes)
+        return planes_of(self)
 
     @property
     def winner_planes(self) -> int:
-        return self.topk if self.topk > 1 else self.planes
+        return winner_planes_of(self)
 
     def token_shape(self, planes: int) -> tuple[int, ...]:
         """Shape of the per-token arrays."""
@@ -80,7 +85,23 @@ class Inputs(NamedTuple):
     @property
     def winner_dtype(self) -> torch.dtype:
         """int16 holds unsigned 16 bits; 0xffff is -1."""
-        return torch.int16 if self.max_d <= 0xFFFE else torch.int32
+        return winner_dtype_of(self)
+
+
+FIELDS = Inputs._fields
+
+
+# Functions, as torch.compile of torch 2.6 reads no property of a NamedTuple.
+def planes_of(x: Inputs) -> int:
+    return len(x.prefixes)
+
+
+def winner_planes_of(x: Inputs) -> int:
+    return x.topk if x.topk > 1 else len(x.prefixes)
+
+
+def winner_dtype_of(x: Inputs) -> torch.dtype:
+    return torch.int16 if x.max_d <= 0xFFFE else torch.int32
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Inputs(NamedTuple):
     norm_eps: float
     final_state: bool = True
 
+    def changed(self, **fields: Any) -> Inputs:
+        """The same with other ``fields``, as ``_replace``, through which torch.compile of torch 2.6 does not go."""
+        values: list[Any] = [fields.get(name, value) for name, value in zip(FIELDS, self, strict=True)]
+        return Inputs(*values)
+
     @property
     def dtype(self) -> torch.dtype:
         """The compute type."""
@@ -66,11 +71,11 @@ class Inputs(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return sequences_of(self)
 
     @property
     def features(self) -> int:
-        return self.q.shape[-1] * (1 if self.map == MALA else 2)
+        return features_of(self)
 
     @property
     def rows(self) -> int:
@@ -82,8 +87,8 @@ class Inputs(NamedTuple):
         return self.map in (POLA, POLA_OPPOSITE)
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        lead = (self.sequences, self.k.shape[2])
-        return (*lead, self.rows, self.v.shape[-1]), (*lead, self.features)
+        lead, features = (sequences_of(self), self.k.shape[2]), features_of(self)
+        return (*lead, features + int(self.map == MALA), self.v.shape[-1]), (*lead, features)
 
     def output_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
@@ -120,6 +125,18 @@ class Inputs(NamedTuple):
             scalars,
             (self.key_power, self.alpha, self.eps, self.norm_eps),
         )
+
+
+FIELDS = Inputs._fields
+
+
+# Functions, as torch.compile of torch 2.6 reads no property of a NamedTuple.
+def sequences_of(x: Inputs) -> int:
+    return x.q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+
+
+def features_of(x: Inputs) -> int:
+    return x.q.shape[-1] * (1 if x.map == MALA else 2)
 
 
 def empty_like(x: Tensor, width: int) -> Tensor:

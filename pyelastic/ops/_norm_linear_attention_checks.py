@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyelastic import _dispatch, _errors
 from pyelastic.eager.norm_linear_attention import statistics_dtype
-from pyelastic.ops._norm_linear_attention import Inputs, LinearAttentionState
+from pyelastic.ops._norm_linear_attention import Inputs, LinearAttentionState, sequences_of
 from pyelastic.rope import rope_tables as make_tables
 
 OP = "norm_linear_attention"
@@ -20,7 +20,7 @@ def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, causal: bool, cu_seqlens: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices of the operands, as [B, N, H, .]."""
-    tensors = {"q": q, "k": k, "v": v} | ({} if gate is None else {"gate": gate})
+    tensors = {"q": q, "k": k, "v": v, **({} if gate is None else {"gate": gate})}
     _errors.refuse_dtensor(OP, **tensors)
     for name, tensor in tensors.items():
         _errors.check_floating(OP, name, tensor, DTYPES)
@@ -128,15 +128,15 @@ def make_rope(
 
 def with_state(inputs: Inputs, state: LinearAttentionState | None, position: int | Tensor | None) -> Inputs:
     """The inputs with start, s0, z0 and count0."""
-    q, n = inputs.q, inputs.sequences
+    q, n, dtype = inputs.q, sequences_of(inputs), statistics_dtype(inputs.q)
     if state is not None:
-        for name, tensor, shape in zip(("s", "z"), state[:2], inputs.state_shapes(), strict=True):
+        for name, tensor, shape in zip(("s", "z"), (state.s, state.z), inputs.state_shapes(), strict=True):
             _errors.check_same_device(OP, q=q, **{f"initial_state.{name}": tensor})
-            if tensor.shape != shape or tensor.dtype != inputs.dtype:
+            if tensor.shape != shape or tensor.dtype != dtype:
                 got = f"{list(tensor.shape)} of {tensor.dtype}"
-                raise ValueError(f"{OP}: initial_state.{name} is {got}; expected {list(shape)} of {inputs.dtype}")
+                raise ValueError(f"{OP}: initial_state.{name} is {got}; expected {list(shape)} of {dtype}")
         _check_count("initial_state.tokens", state.tokens, q, n)
-        inputs = inputs._replace(s0=state.s, z0=state.z, count0=state.tokens)
+        inputs = inputs.changed(s0=state.s, z0=state.z, count0=state.tokens)
         if position is None and inputs.causal:
             position = state.tokens
     if inputs.sin is None:
@@ -154,7 +154,7 @@ def with_state(inputs: Inputs, state: LinearAttentionState | None, position: int
                 f"{OP}: the tokens' positions end at {last}, and rope_tables have {inputs.sin.shape[0]}; pass "
                 "rope_tables=pyelastic.rope_tables(positions, d) for the longest sequence"
             )
-    return inputs._replace(start=position)
+    return inputs.changed(start=position)
 
 
 def _check_count(name: str, tensor: Tensor, q: Tensor, n: int) -> None:

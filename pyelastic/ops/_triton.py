@@ -6,6 +6,9 @@ import importlib
 
 import torch
 
+# 3.3 compiles 203 of 245 kernels, 3.2 fewer, and takes the process down over some; from 3.4 on all (sm_90).
+OLDEST = (3, 4)
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(device: str, argument: str, module: str, kernel: str) -> str | None:
@@ -15,8 +18,8 @@ def why_not(device: str, argument: str, module: str, kernel: str) -> str | None:
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton"
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < (3, 2):
-        return f"triton is {triton.__version__}; the kernel needs 3.2 or newer"
+    if version < OLDEST:
+        return f"triton is {triton.__version__}; the kernels need 3.4 or newer, which torch 2.8 brings"
     try:
         kernels = importlib.import_module(f"pyelastic.triton_kernels.{module}")
     except ImportError as error:

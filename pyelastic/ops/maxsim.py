@@ -46,7 +46,10 @@ from pyelastic.ops._maxsim_layout import (
     make_inputs,
     make_prefixes,
     make_weights,
+    planes_of,
     stored,
+    winner_dtype_of,
+    winner_planes_of,
 )
 from pyelastic.quantized import Int8Tokens, ResidualTokens
 
@@ -212,7 +215,7 @@ def weighted(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor
     """w m of each query token, [planes, Nq, Nd, Lq] or [planes, P, Lq]."""
     inputs, problem, weights = prepared
     # The kernels get the weights all the same: what a token of weight 0 holds reaches nothing.
-    inputs = inputs._replace(weights=None if weights is None else weights.detach())
+    inputs = inputs.changed(weights=None if weights is None else weights.detach())
     result = _by_query(chosen.run(inputs, True, save), problem)  # type: ignore[misc]
     if weights is None:
         return result
@@ -226,7 +229,7 @@ def score(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor:
     weights = prepared.weights
     if weights is not None and weights.requires_grad:
         return weighted(prepared, chosen, save).sum(-1)  # their gradient is made of each token's m
-    return chosen.run(prepared.inputs._replace(weights=weights), False, save)  # type: ignore[misc]
+    return chosen.run(prepared.inputs.changed(weights=weights), False, save)  # type: ignore[misc]
 
 
 # --- checks and the [tokens]-sized part -----------------------------------------------------------------------
@@ -315,8 +318,8 @@ def saves(inputs: Inputs, save: str) -> bool:
     if save != "auto":
         return save == "winners"
     smooth = inputs.temperature > 0
-    planes, count, tokens = inputs.token_shape(inputs.planes if smooth else inputs.winner_planes)
-    each = statistics_dtype(inputs.queries).itemsize if smooth else inputs.winner_dtype.itemsize
+    planes, count, tokens = inputs.token_shape(planes_of(inputs) if smooth else winner_planes_of(inputs))
+    each = statistics_dtype(inputs.queries).itemsize if smooth else winner_dtype_of(inputs).itemsize
     return planes * count * tokens * each <= SAVE_BUDGET
 
 
@@ -335,8 +338,9 @@ class _Backward(torch.autograd.Function):
 
 def remember(ctx: Any, backend: str, inputs: Inputs, per_token: bool, outputs: Any, *more: Tensor) -> None:
     """Save for `gradients` what a forward pass was given and made; `more`: tensors of the caller's."""
-    ctx.backend, ctx.per_token, ctx.options = backend, per_token, inputs[13:]
-    ctx.save_for_backward(*inputs[:13], *outputs[1:], *more)
+    given = [*inputs]  # torch.compile of torch 2.6 slices no NamedTuple
+    ctx.backend, ctx.per_token, ctx.options = backend, per_token, given[13:]
+    ctx.save_for_backward(*given[:13], *outputs[1:], *more)
 
 
 def gradients(ctx: Any, grad: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -384,7 +388,7 @@ def _decoded(x: Inputs) -> Inputs:
         documents = Int8Tokens(documents, x.d_scale).decode()
     elif x.codes is not None and x.centroids is not None and x.buckets is not None:
         documents = ResidualTokens(x.codes, documents, x.centroids, x.buckets).decode()
-    return x if documents is x.documents else x._replace(documents=documents.to(statistics_dtype(x.queries)))
+    return x if documents is x.documents else x.changed(documents=documents.to(statistics_dtype(x.queries)))
 
 
 def call_of(inputs: Inputs) -> Call:
@@ -394,7 +398,7 @@ def call_of(inputs: Inputs) -> Call:
         inputs.queries.device,
         inputs.queries.dtype,
         "queries",
-        inputs.planes,
+        planes_of(inputs),
         inputs.topk,
         inputs.temperature,
         quantized,

@@ -257,7 +257,7 @@ def _loss(
         # By autograd; learned weights need each token's value in Python anyway.
         rows = _rows(score(p, chosen, save).reshape(shape), target, settings)
     else:
-        inputs = inputs._replace(weights=weights)
+        inputs = inputs.changed(weights=weights)
         rows = _Loss.apply(chosen.name, saves(inputs, save), shape, settings, target, *inputs)
     rows = rows if options.get("dims") is not None else rows[0]
     if loss_reduction == "none":

@@ -39,7 +39,7 @@ from pyelastic.ops import _norm_linear_attention_cpu as cpu
 from pyelastic.ops import _norm_linear_attention_cuda as cuda
 from pyelastic.ops import _norm_linear_attention_triton as triton
 from pyelastic.ops import _triton
-from pyelastic.ops._norm_linear_attention import Inputs, empty_like
+from pyelastic.ops._norm_linear_attention import Inputs, empty_like, sequences_of
 from pyelastic.ops._norm_linear_attention import LinearAttentionState as LinearAttentionState
 from pyelastic.ops._norm_linear_attention_checks import (
     DTYPES,
@@ -131,7 +131,7 @@ def norm_linear_attention(
     _errors.check_choice(OP, "mode", mode, tuple(MODES))
     _errors.check_choice(OP, "eps_mode", eps_mode, ("mean", "sum"))
     _errors.check_choice(OP, "layout", layout, ("bnhd", "bhnd"))
-    given = {"q": q, "k": k, "v": v} | ({} if gate is None else {"gate": gate})
+    given = {"q": q, "k": k, "v": v, **({} if gate is None else {"gate": gate})}
     for name, tensor in given.items():
         _errors.check_rank(OP, name, tensor, 4, "[B, N, H, d]" if layout == "bnhd" else "[B, H, N, d]")
     if layout == "bhnd":
@@ -168,13 +168,13 @@ def norm_linear_attention(
 
 def attend(inputs: Inputs, output_final_state: bool, layout: str, backend: str) -> Any:
     """Resolve the backend, run it, and give the result the caller's layout."""
-    inputs = inputs._replace(final_state=output_final_state)
+    inputs = inputs.changed(final_state=output_final_state)
     o, s, z = _dispatch.resolve(OP, call_of(inputs), backend).run.attend(inputs)  # type: ignore[union-attr]
     o = o.transpose(1, 2) if layout == "bhnd" else o
     if not output_final_state:
         return o
     if inputs.cu_seqlens is None:
-        tokens = s.new_full((inputs.sequences,), inputs.k.shape[1], dtype=torch.int64)
+        tokens = s.new_full((sequences_of(inputs),), inputs.k.shape[1], dtype=torch.int64)
     else:
         tokens = inputs.cu_seqlens.diff()
     return o, LinearAttentionState(s, z, tokens if inputs.count0 is None else inputs.count0 + tokens)
