@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -55,10 +56,15 @@ def begin(timeout: float = TIMEOUT) -> tuple[int, int]:
 
 
 def end() -> None:
-    """Every rank has come here, so each leaves at once: gloo's threads have aborted processes that had only to exit."""
+    """Every rank has come here, so each leaves at once: gloo's threads have aborted processes that had only to exit.
+
+    And it has hung while it was destroyed (torch 2.6, a busy machine), so that gets ten seconds.
+    """
     dist.barrier()
     print("rank is done", flush=True)
-    dist.destroy_process_group()
+    destroying = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    destroying.start()
+    destroying.join(timeout=10)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
