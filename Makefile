@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMak
 COMMA := ,
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean triton36 oldest
+.PHONY: test sanitize bench lint gpu gpu-build gpu-test gpu-sanitize gpu-bench coverage clean triton36 oldest launches
 
 # torch is pinned with all else: a range would take the newest build, with gigabytes of CUDA packages.
 $(VENV)/environment.stamp: constraints-dev.txt
@@ -52,6 +52,10 @@ triton36: $(VENV)/build.stamp
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.3"
 	PYTHONPATH=$(VENV)/triton36 $(PY) tests/kernel_budget.py --compare
 	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(VENV)/triton36:. $(PY) -m pytest -q -n $(JOBS) tests/ops tests/test_interpreted.py -k triton
+
+# What the Triton launchers pass, through Triton's JIT up to the launch, for a GPU that is not there: tests/compile_only.py.
+launches: $(VENV)/build.stamp
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests:. $(PY) -m pytest -q -n $(JOBS) -p compile_only --cases 3 --tb no -r '' -k triton tests/ops
 
 # The oldest torch, on the CPU (its wheel brings 3 GB of CUDA); its Triton is too old for the kernels.
 oldest: $(VENV)/build.stamp

@@ -37,13 +37,16 @@ def triton_requests() -> dict[str, dict[str, Any]]:
     sizes = dict.fromkeys(("B", "C", "D", "n", "first", "splits"), "i32")
     strides = dict.fromkeys(("s_row", "s_out_row", "s_col", "s_out_col"), "i64")
     requests: dict[str, dict[str, Any]] = {}
-    # The plain call, and the two that need most registers: columns apart, and all the ways of scattering rows at once.
+    # The plain call, and those that need most registers: columns apart, rows that begin anywhere, and all the ways of
+    # scattering rows at once.
     plain = {"s_col": 1, "s_out_col": 1, "K": 1, "HAS_INDEX": False, "HARD": False}
     ways: list[tuple[str, dict[str, Any]]] = [
         ("", plain),
         ("transposed ", {"s_row": 1, "s_out_row": 1, "K": 1, "HAS_INDEX": False, "HARD": False}),
+        ("unaligned ", plain),
         ("scattered ", {"K": 3, "HAS_INDEX": True, "HARD": True}),
     ]
+    multiples = {"": ["D", "s_row", "s_out_row"], "unaligned ": []}
     for arch, (tag, way) in itertools.product(compiled.ARCHS, ways):
         table = kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if arch == 100 else kernels.MARGIN_SOFTMAX_CONFIGS
         table = kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED if tag else table
@@ -65,8 +68,9 @@ def triton_requests() -> dict[str, dict[str, Any]]:
                     "kernel": f"{MODULE}:{kernel}",
                     "signature": {**pointers, **moved, **sizes, **strides, "scale": "fp32"},
                     "constants": {k: v for k, v in (constants | extra).items() if k in known},
-                    "multiples_of_16": ["D"] if tag else ["D", "s_row", "s_out_row"],
+                    "multiples_of_16": multiples.get(tag, ["D"]),
                     "arch": arch, "warps": warps, "stages": stages,
+                    **({"maxnreg": kernels.SCATTERED_REGISTERS} if tag and width and bits == 32 else {}),
                 }  # fmt: skip
         if tag:
             continue

@@ -41,6 +41,7 @@ MARGIN_SOFTMAX_CONFIGS_SCATTERED = {
     (32, 128): (16, 16, 16, 4, 1),
     (32, 256): (16, 16, 32, 8, 1),
 }
+SCATTERED_REGISTERS = 255  # at most, of scattered float32 `grad_e` and `grad_w`: ptxas might settle for 128, and spill
 PARTIALS = 7  # max, sum, sum_sq, sum_z, sum_cos, rank, top
 
 

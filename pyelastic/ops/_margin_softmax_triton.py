@@ -70,7 +70,9 @@ class _Problem:
         self.operand_type = tl.float16 if self.half else tl.float32
         newest = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (10, 0)
         self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SM100 if newest else self.kernels.MARGIN_SOFTMAX_CONFIGS
-        if subcenters > 1 or self.sampled or weight.stride(1) != 1:
+        # Rows that do not begin at multiples of 16 numbers are read in pieces, for which large blocks lack registers.
+        aligned = self.dim % 16 == 0 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0
+        if subcenters > 1 or self.sampled or weight.stride(1) != 1 or not aligned:
             self.table = self.kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED
         rows = self.count * subcenters
         self.kernels.inverse_norms[(self.cdiv(rows, 16),)](
@@ -98,6 +100,9 @@ class _Problem:
             "num_warps": warps,
             "num_stages": stages,
         }
+        scattered = self.table is self.kernels.MARGIN_SOFTMAX_CONFIGS_SCATTERED
+        if scattered and width and not self.half and self.device.type == "cuda" and torch.version.hip is None:
+            constants["maxnreg"] = self.kernels.SCATTERED_REGISTERS
         return block_b, block_c, constants
 
     def splits(self, block_b: int, block_c: int) -> int:

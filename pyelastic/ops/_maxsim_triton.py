@@ -329,8 +329,10 @@ class _Backward:
         if smooth:
             constants = self.accumulating(dim, True) | {"BITS": p.bits}
         else:
-            width = max(16, p.power(dim))
-            block = max(1, min(p.backward_kernels.GATHER_ELEMENTS // width, p.power(p.width)))
+            width, elements = max(16, p.power(dim)), p.backward_kernels.GATHER_ELEMENTS
+            if dim % 16 or x.documents.stride(0) % 16:
+                elements //= 4  # rows that are read in pieces: four times as many numbers in flight spill registers
+            block = max(1, min(elements // width, p.power(p.width)))
             constants = {
                 "TOPK": p.levels, "D": dim, "BITS": p.bits, "BLOCK_Q": block, "WIDTH": width,
                 "UNROLL": min(p.backward_kernels.GATHER_UNROLL, p.power(max(1, self.each(rows)))), "num_warps": 4,
