@@ -64,8 +64,8 @@ class Fira(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and leaves both to the step
     _mode = "official"
-    # What the places were made for, and they; holds the parameters, so that an id stands for one tensor.
-    _known_places: tuple[list[tuple[Any, ...]], dict[Tensor, tuple[int, float]]] | None = None
+    # What the places were made for, and they; the parameters too, so that an id stands for one tensor.
+    _known_places: tuple[list[Any], dict[Tensor, tuple[int, float]], list[list[Tensor]]] | None = None
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Fira(torch.optim.Optimizer):
 
     def _places(self) -> dict[Tensor, tuple[int, float]]:
         """Per projected parameter its number and its place in the refresh cycle, in [0, 1), by the work before it."""
-        key = [(group.get("rank"), *map(id, group["params"])) for group in self.param_groups]
+        key = [(group.get("rank"), [(id(p), p.numel()) for p in group["params"]]) for group in self.param_groups]
         if self._known_places is not None and self._known_places[0] == key:
             return self._known_places[1]
         found: dict[Tensor, tuple[int, float]] = {}
@@ -163,7 +163,7 @@ class Fira(torch.optim.Optimizer):
         for number, (p, cost) in enumerate(work):
             found[p] = (number, before / total)
             before += cost
-        self._known_places = (key, found)
+        self._known_places = (key, found, [list(group["params"]) for group in self.param_groups])
         return found
 
     # --- the step -------------------------------------------------------------------------------------------

@@ -99,6 +99,28 @@ def test_refresh_calls() -> None:
     assert len({times[1] for times in per_matrix.values()}) == 3
 
 
+def test_matrices_that_come_later() -> None:
+    """A weight that was empty at the steps before, a new group, and one weight in the place of another."""
+    first, late = nn.Parameter(torch.empty(0, 8)), nn.Parameter(torch.randn(16, 8))
+    added, swapped = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(10, 8))
+    optimizer = Fira([{"params": [first, late], "rank": 4}], lr=0.1, weight_rounding="stochastic")
+
+    def moved(*params: nn.Parameter) -> bool:
+        before = [p.detach().clone() for p in params]
+        for p in (first, late, added, swapped):
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        return all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+    assert moved(late)
+    first.data = torch.randn(12, 8)
+    assert moved(first, late)
+    optimizer.add_param_group({"params": [added], "rank": 2})
+    assert moved(first, late, added)
+    optimizer.param_groups[0]["params"][0] = swapped
+    assert moved(swapped, late, added)
+
+
 def test_adaptive_gap_waits_longer_while_the_subspace_stands() -> None:
     count = 0
 
