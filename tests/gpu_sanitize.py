@@ -35,7 +35,7 @@ def run_bug(bug: str) -> None:
     torch.cuda.synchronize()
 
 
-def run_cases(device: str = "cuda", backend: str = "cuda") -> None:
+def run_cases() -> None:
     """Forward and backward through every kernel: both operand types, all statistics, hard negatives, sub-centres.
 
     And projection's, a warp and a block a row, with a residual of either dtype.
@@ -46,75 +46,74 @@ def run_cases(device: str = "cuda", backend: str = "cuda") -> None:
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for subcenters, margin in ((1, None), (1, pyelastic.margins.CurricularFace(t=0.3)), (2, None)):
-            e = torch.randn(33, 40, device=device, dtype=dtype, requires_grad=True)
-            w = torch.randn(150 * subcenters, 40, device=device, dtype=dtype, requires_grad=True)
-            labels = torch.randint(0, 150, (33,), device=device)
+            e = torch.randn(33, 40, device="cuda", dtype=dtype, requires_grad=True)
+            w = torch.randn(150 * subcenters, 40, device="cuda", dtype=dtype, requires_grad=True)
+            labels = torch.randint(0, 150, (33,), device="cuda")
             for aux in (False, True):
                 out = pyelastic.margin_softmax(
-                    e, w, labels, margin=margin, subcenters=subcenters, return_aux=aux, backend=backend
+                    e, w, labels, margin=margin, subcenters=subcenters, return_aux=aux, backend="cuda"
                 )
                 (out[0] if aux else out).backward()
         shapes = ((40, dtype, True), (1100, torch.float32, True), (40, dtype, False))
         for d_out, other, normalize in (*shapes, (100, dtype, True), (200, dtype, True)):
-            x = torch.randn(33, 24, device=device, dtype=dtype, requires_grad=True)
-            weight = torch.randn(d_out, 24, device=device, dtype=dtype, requires_grad=True)
-            residual = torch.randn(33, d_out, device=device, dtype=other, requires_grad=True)
-            bias = torch.randn(d_out, device=device, requires_grad=True)
-            y = pyelastic.projection(x, weight, bias, residual=residual, normalize=normalize, backend=backend)
+            x = torch.randn(33, 24, device="cuda", dtype=dtype, requires_grad=True)
+            weight = torch.randn(d_out, 24, device="cuda", dtype=dtype, requires_grad=True)
+            residual = torch.randn(33, d_out, device="cuda", dtype=other, requires_grad=True)
+            bias = torch.randn(d_out, device="cuda", requires_grad=True)
+            y = pyelastic.projection(x, weight, bias, residual=residual, normalize=normalize, backend="cuda")
             y.backward(torch.randn_like(y))
-    for run in (run_maxsim, run_norm_linear_attention, run_fira):
-        run(device, backend)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    run_maxsim()
+    run_norm_linear_attention()
+    run_fira()
+    torch.cuda.synchronize()
 
 
-def run_maxsim(device: str, backend: str) -> None:
+def run_maxsim() -> None:
     """Both sizes of tiles, all reductions, lists, quantised documents, recomputation."""
     import torch
 
     import pyelastic
 
-    pairs = torch.tensor([[0, 2], [3, 0], [0, 2]], device=device)
+    pairs = torch.tensor([[0, 2], [3, 0], [0, 2]], device="cuda")
     options = ({}, {"topk": 3}, {"temperature": 0.5}, {"dims": (8, 20)}, {"save": "recompute"}, {"pairs": pairs})
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for tokens in (9, 33):
-            q = torch.randn(4, tokens, 20, device=device, dtype=dtype, requires_grad=True)
-            d = torch.randn(3, 70, 20, device=device, dtype=dtype, requires_grad=True)
-            mask = torch.rand(3, 70, device=device) > 0.3
+            q = torch.randn(4, tokens, 20, device="cuda", dtype=dtype, requires_grad=True)
+            d = torch.randn(3, 70, 20, device="cuda", dtype=dtype, requires_grad=True)
+            mask = torch.rand(3, 70, device="cuda") > 0.3
             for chosen in options:
-                scores = pyelastic.maxsim(q, d, document_mask=mask, normalize=True, backend=backend, **chosen)
+                scores = pyelastic.maxsim(q, d, document_mask=mask, normalize=True, backend="cuda", **chosen)
                 scores.sum().backward()
-            pyelastic.maxsim(q, pyelastic.quantize_int8(d.detach()), backend=backend)
+            pyelastic.maxsim(q, pyelastic.quantize_int8(d.detach()), backend="cuda")
 
 
-def run_norm_linear_attention(device: str, backend: str) -> None:
+def run_norm_linear_attention() -> None:
     """Both forms over more than one part, packed sequences, gate, RoPE, grouped heads, states, each map."""
     import torch
 
     import pyelastic
     from pyelastic.ops import _norm_linear_attention_cuda
 
-    cu = torch.tensor([0, 130, 130, 140], device=device)
+    cu = torch.tensor([0, 130, 130, 140], device="cuda")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for causal in (False, True):
-            q = torch.randn(1, 140, 4, 20, device=device, dtype=dtype, requires_grad=True)
-            k = torch.randn(1, 140, 2, 20, device=device, dtype=dtype, requires_grad=True)
-            v = torch.randn(1, 140, 2, 35, device=device, dtype=dtype, requires_grad=True)
-            gate = torch.randn(1, 140, 4, 35, device=device, dtype=dtype, requires_grad=True)
+            q = torch.randn(1, 140, 4, 20, device="cuda", dtype=dtype, requires_grad=True)
+            k = torch.randn(1, 140, 2, 20, device="cuda", dtype=dtype, requires_grad=True)
+            v = torch.randn(1, 140, 2, 35, device="cuda", dtype=dtype, requires_grad=True)
+            gate = torch.randn(1, 140, 4, 35, device="cuda", dtype=dtype, requires_grad=True)
             for options in ({"rope": "num", "gate": gate}, {"mode": "cos", "cu_seqlens": cu}, {"rope": "both"}):
                 o, state = pyelastic.norm_linear_attention(
-                    q, k, v, causal=causal, output_final_state=True, backend=backend, **options
+                    q, k, v, causal=causal, output_final_state=True, backend="cuda", **options
                 )
                 (o.float().sum() + state.s.sum()).backward()
-            power = torch.full((2, 20), 2.0, device=device, requires_grad=True)
-            o = pyelastic.polaformer_attention(q[:, :, :2], k, v[..., :34], power, causal=causal, backend=backend)
+            power = torch.full((2, 20), 2.0, device="cuda", requires_grad=True)
+            o = pyelastic.polaformer_attention(q[:, :, :2], k, v[..., :34], power, causal=causal, backend="cuda")
             o.float().sum().backward()
-    if backend == "cuda":
-        with mock.patch.object(_norm_linear_attention_cuda, "WHOLE_HEADS", 0):
-            run_norm_linear_attention_whole(device)
+    with mock.patch.object(_norm_linear_attention_cuda, "WHOLE_HEADS", 0):
+        run_norm_linear_attention_whole()
 
 
-def run_norm_linear_attention_whole(device: str) -> None:
+def run_norm_linear_attention_whole(device: str = "cuda") -> None:
     """A block per sequence and kv head."""
     import torch
 
@@ -133,7 +132,7 @@ def run_norm_linear_attention_whole(device: str) -> None:
                 (o.float().sum() + state.s.sum() + state.z.sum()).backward()
 
 
-def run_fira(device: str, backend: str) -> None:
+def run_fira(device: str = "cuda") -> None:
     """Both sides, matrix units and float32 tiles, all storages, a residual that has to be formed; groups."""
     import torch
 
@@ -161,7 +160,7 @@ def run_fira(device: str, backend: str) -> None:
                 ))  # fmt: skip
                 left.append(side)
             for _ in range(2):
-                pyelastic.fira(params, grads, states, left=left, lr=0.1, backend=backend, **options)
+                pyelastic.fira(params, grads, states, left=left, lr=0.1, backend="cuda", **options)
 
 
 def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyelastic import _extension
 from pyelastic.ops._binding import pointer
-from pyelastic.ops._fira_matrix import Matrix, parts
+from pyelastic.ops._fira_matrix import Matrix, matrices, parts
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 GROUP = 16  # kFiraGroup
@@ -66,29 +66,24 @@ def step_(
         scalars = [beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s]
         kinds = (DTYPES[params[0].dtype], DTYPES.get(exp_avgs[0].dtype, 0))  # 8-bit: told by the scales
         head = (*kinds, lr.data_ptr(), *map(pointer, numbers))
-        chosen: dict[bool, list[Matrix]] = {True: [], False: []}
-        for i, w in enumerate(params):
-            if w.numel() == 0:
-                steps[i].add_(1 if found_inf is None else (found_inf <= 0).to(steps[i].dtype))
-                continue
-            state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
-            gram = grams[i] if grams else None
-            matrix = Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seeds[i])
-            chosen[_takes_mma(matrix)].append(matrix)
-        for mma, matrices in chosen.items():
-            sizes = [_offsets(x, mma) for x in matrices]
-            at = 0
-            for part, size in parts(matrices, [x[-1] for x in sizes], GROUP):
+        chosen: dict[bool, list[tuple[Matrix, tuple[int, ...]]]] = {True: [], False: []}
+        for x in matrices(
+            params, grads, exp_avgs, exp_avg_sqs, moment_scales, projectors, grams, limiter_norms, steps, remainders,
+            found_inf, left, seeds,
+        ):  # fmt: skip
+            mma = _takes_mma(x)
+            chosen[mma].append((x, _offsets(x, mma)))
+        for mma, items in chosen.items():
+            for part, size in parts(items, [offsets[-1] for _, offsets in items], GROUP):
                 scratch = torch.empty(size, device=device)
                 address, rows = scratch.data_ptr(), []
-                for x, offsets in zip(part, sizes[at:], strict=False):
+                for x, offsets in part:
                     rows.append(_descriptor(x, address, offsets, bool(moment_scales)))
                     address += 4 * offsets[-1]
-                at += len(part)
                 group = module.cuda_fira_group(rows, (head, scalars, flags, mma))
                 for kernel in kernels:
                     getattr(module, f"cuda_fira_{kernel}")(group, stream)
-                for x in part:
+                for x, _ in part:
                     x.finish()
 
 

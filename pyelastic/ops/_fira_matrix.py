@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Scratch of the matrices of one launch, which the next group takes over: at rank 1024 one of 4096 x 11008 needs 45 to
 # 70 MB, so that a model's matrices together would need gigabytes.
@@ -53,18 +56,36 @@ class Matrix:
             original.copy_(copy)
 
 
-def parts(matrices: Sequence[Matrix], floats: Sequence[int], most: int) -> Iterator[tuple[list[Matrix], int]]:
+def matrices(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    moment_scales: Sequence[Tensor], projectors: Sequence[Tensor], grams: Sequence[Tensor],
+    limiter_norms: Sequence[Tensor], steps: Sequence[Tensor], remainders: Sequence[Tensor], found_inf: Tensor | None,
+    left: Sequence[bool], seeds: Sequence[int],
+) -> list[Matrix]:  # fmt: skip
+    """Arguments of the raw op as matrices for kernels; one without elements only has its step counted."""
+    made = []
+    for i, w in enumerate(params):
+        if w.numel() == 0:
+            steps[i].add_(1 if found_inf is None else (found_inf.view(()) <= 0).to(steps[i].dtype))
+            continue
+        state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
+        gram = grams[i] if grams else None
+        made.append(Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seeds[i]))
+    return made
+
+
+def parts(items: Sequence[T], floats: Sequence[int], most: int) -> Iterator[tuple[list[T], int]]:
     """Successive groups of at most ``most`` matrices and SCRATCH_BYTES of scratch, with that scratch in floats.
 
     ``floats``: what each matrix needs; one that needs more than SCRATCH_BYTES is a group of its own.
     """
-    group: list[Matrix] = []
+    group: list[T] = []
     total = 0
-    for matrix, need in zip(matrices, floats, strict=True):
+    for item, need in zip(items, floats, strict=True):
         if group and (len(group) == most or 4 * (total + need) > SCRATCH_BYTES):
             yield group, total
             group, total = [], 0
-        group.append(matrix)
+        group.append(item)
         total += need
     if group:
         yield group, total

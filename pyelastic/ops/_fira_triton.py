@@ -19,7 +19,7 @@ from torch import Tensor
 from pyelastic.eager.fira import Flags
 from pyelastic.ops import _device_tables
 from pyelastic.ops._fira_cuda import may_cancel
-from pyelastic.ops._fira_matrix import Matrix, parts
+from pyelastic.ops._fira_matrix import Matrix, matrices, parts
 
 NEVER = 1 << 62  # the first program of a matrix that is not there
 
@@ -54,23 +54,19 @@ def step_(
     from pyelastic.triton_kernels import fira as kernels
 
     groups: dict[tuple[bool, bool, bool], list[Matrix]] = {}
-    for i, w in enumerate(params):
-        if w.numel() == 0:
-            steps[i].add_(1 if found_inf is None else (found_inf.view(()) <= 0).to(steps[i].dtype))
-            continue
-        gram = grams[i] if grams and grams[i].numel() and a_r != 0 else None
-        seed = seeds[i] if flags & Flags.STOCHASTIC else 0
-        state = [exp_avgs[i], exp_avg_sqs[i], *moment_scales[2 * i : 2 * i + 2], *remainders[i : i + 1]]
-        matrix = Matrix(w, grads[i], projectors[i], state, gram, limiter_norms[i], steps[i], left[i], seed)
-        groups.setdefault((matrix.left, _is_aligned(matrix), matrix.gram is not None), []).append(matrix)
+    for x in matrices(
+        params, grads, exp_avgs, exp_avg_sqs, moment_scales, projectors, grams if a_r != 0 else (), limiter_norms,
+        steps, remainders, found_inf, left, seeds if flags & Flags.STOCHASTIC else [0] * len(params),
+    ):  # fmt: skip
+        groups.setdefault((x.left, _is_aligned(x), x.gram is not None), []).append(x)
     if not groups:
         return
     device = params[0].device
     factor, inf = (None if x is None else x.to(torch.float32) for x in (grad_factor, found_inf))
     numbers = (beta1, beta2, eps, weight_decay, gamma, a_r, a_n, a_s)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for (side, aligned, has_gram), matrices in groups.items():
-            for part, size in parts(matrices, [sum(_scratch(x)) for x in matrices], kernels.GROUP):
+        for (side, aligned, has_gram), alike in groups.items():
+            for part, size in parts(alike, [sum(_scratch(x)) for x in alike], kernels.GROUP):
                 options = {
                     "LEFT": side, "ALIGNED": aligned, "HAS_GRAM": has_gram, "HAS_REST": bool(remainders),
                     "EIGHT": bool(moment_scales), "HAS_FACTOR": factor is not None, "HAS_INF": inf is not None,

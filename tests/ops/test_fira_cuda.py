@@ -78,5 +78,5 @@ def test_the_cases_of_the_sanitizer_reach_every_kernel(monkeypatch: pytest.Monke
             return module.cuda_fira_group if name == "cuda_fira_group" else call
 
     monkeypatch.setattr(launcher._extension, "load_cuda", lambda: (Seen(), True))
-    gpu_sanitize.run_fira("cpu", "cuda")
+    gpu_sanitize.run_fira("cpu")
     assert seen == {(name, mma) for name in launcher.KERNELS for mma in (False, True)}

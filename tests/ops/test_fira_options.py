@@ -21,7 +21,6 @@ from pyelastic.eager import fira as eager
 from pyelastic.ops import _fira_matrix
 from pyelastic.ops import _fira_triton as triton_launcher
 from pyelastic.ops import fira as ops
-from pyelastic.ops._fira_matrix import Matrix
 
 OPTIONS: list[dict[str, Any]] = [
     {"gamma": None}, {"correct_bias": False}, {"maximize": True}, {"per_matrix": True, "mode": "apollo"},
@@ -311,7 +310,7 @@ def test_triton_vouches_for_no_alignment_that_is_not_there(left: bool) -> None:
             given.g = torch.cat([given.g.flatten(), given.g.new_zeros(1)])[1:].view_as(given.g)
         s = given.state
         state = [s.exp_avg, s.exp_avg_sq]
-        made = Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
+        made = _fira_matrix.Matrix(given.w, given.g, s.projector, state, None, s.limiter_norm, s.step, left, 0)
         assert triton_launcher._is_aligned(made) == aligned, change
         got = given.clone()
         got.g = given.g
