@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,11 +57,6 @@ class Inputs(NamedTuple):
     max_q: int
     max_d: int
 
-    def changed(self, **fields: Any) -> Inputs:
-        """The same with other ``fields``, as ``_replace``, through which torch.compile of torch 2.6 does not go."""
-        values: list[Any] = [fields.get(name, value) for name, value in zip(FIELDS, self, strict=True)]
-        return Inputs(*values)
-
     @property
     def planes(self) -> int:
         """Scores per pair: prefixes of the dimension."""
@@ -86,9 +81,6 @@ class Inputs(NamedTuple):
     def winner_dtype(self) -> torch.dtype:
         """int16 holds unsigned 16 bits; 0xffff is -1."""
         return winner_dtype_of(self)
-
-
-FIELDS = Inputs._fields
 
 
 # Functions, as torch.compile of torch 2.6 reads no property of a NamedTuple.

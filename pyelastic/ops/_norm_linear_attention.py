@@ -59,11 +59,6 @@ class Inputs(NamedTuple):
     norm_eps: float
     final_state: bool = True
 
-    def changed(self, **fields: Any) -> Inputs:
-        """The same with other ``fields``, as ``_replace``, through which torch.compile of torch 2.6 does not go."""
-        values: list[Any] = [fields.get(name, value) for name, value in zip(FIELDS, self, strict=True)]
-        return Inputs(*values)
-
     @property
     def dtype(self) -> torch.dtype:
         """The compute type."""
@@ -125,9 +120,6 @@ class Inputs(NamedTuple):
             scalars,
             (self.key_power, self.alpha, self.eps, self.norm_eps),
         )
-
-
-FIELDS = Inputs._fields
 
 
 # Functions, as torch.compile of torch 2.6 reads no property of a NamedTuple.

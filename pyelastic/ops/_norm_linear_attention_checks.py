@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyelastic import _dispatch, _errors
 from pyelastic.eager.norm_linear_attention import statistics_dtype
+from pyelastic.ops._binding import changed
 from pyelastic.ops._norm_linear_attention import Inputs, LinearAttentionState, sequences_of
 from pyelastic.rope import rope_tables as make_tables
 
@@ -136,7 +137,7 @@ def with_state(inputs: Inputs, state: LinearAttentionState | None, position: int
                 got = f"{list(tensor.shape)} of {tensor.dtype}"
                 raise ValueError(f"{OP}: initial_state.{name} is {got}; expected {list(shape)} of {dtype}")
         _check_count("initial_state.tokens", state.tokens, q, n)
-        inputs = inputs.changed(s0=state.s, z0=state.z, count0=state.tokens)
+        inputs = changed(inputs, s0=state.s, z0=state.z, count0=state.tokens)
         if position is None and inputs.causal:
             position = state.tokens
     if inputs.sin is None:
@@ -154,7 +155,7 @@ def with_state(inputs: Inputs, state: LinearAttentionState | None, position: int
                 f"{OP}: the tokens' positions end at {last}, and rope_tables have {inputs.sin.shape[0]}; pass "
                 "rope_tables=pyelastic.rope_tables(positions, d) for the longest sequence"
             )
-    return inputs.changed(start=position)
+    return changed(inputs, start=position)
 
 
 def _check_count(name: str, tensor: Tensor, q: Tensor, n: int) -> None:

@@ -36,6 +36,7 @@ from pyelastic.ops import _maxsim_cpu as cpu
 from pyelastic.ops import _maxsim_cuda as cuda
 from pyelastic.ops import _maxsim_triton as triton
 from pyelastic.ops import _triton
+from pyelastic.ops._binding import changed
 from pyelastic.ops._maxsim_layout import (
     DTYPES,
     OP,
@@ -215,7 +216,7 @@ def weighted(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor
     """w m of each query token, [planes, Nq, Nd, Lq] or [planes, P, Lq]."""
     inputs, problem, weights = prepared
     # The kernels get the weights all the same: what a token of weight 0 holds reaches nothing.
-    inputs = inputs.changed(weights=None if weights is None else weights.detach())
+    inputs = changed(inputs, weights=None if weights is None else weights.detach())
     result = _by_query(chosen.run(inputs, True, save), problem)  # type: ignore[misc]
     if weights is None:
         return result
@@ -229,7 +230,7 @@ def score(prepared: Prepared, chosen: _dispatch.Backend, save: str) -> Tensor:
     weights = prepared.weights
     if weights is not None and weights.requires_grad:
         return weighted(prepared, chosen, save).sum(-1)  # their gradient is made of each token's m
-    return chosen.run(prepared.inputs.changed(weights=weights), False, save)  # type: ignore[misc]
+    return chosen.run(changed(prepared.inputs, weights=weights), False, save)  # type: ignore[misc]
 
 
 # --- checks and the [tokens]-sized part -----------------------------------------------------------------------
@@ -388,7 +389,7 @@ def _decoded(x: Inputs) -> Inputs:
         documents = Int8Tokens(documents, x.d_scale).decode()
     elif x.codes is not None and x.centroids is not None and x.buckets is not None:
         documents = ResidualTokens(x.codes, documents, x.centroids, x.buckets).decode()
-    return x if documents is x.documents else x.changed(documents=documents.to(statistics_dtype(x.queries)))
+    return x if documents is x.documents else changed(x, documents=documents.to(statistics_dtype(x.queries)))
 
 
 def call_of(inputs: Inputs) -> Call:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyelastic import _dispatch, _errors
+from pyelastic.ops._binding import changed
 from pyelastic.ops._maxsim_layout import OP, Inputs
 from pyelastic.ops.maxsim import (
     OPS,
@@ -257,7 +258,7 @@ def _loss(
         # By autograd; learned weights need each token's value in Python anyway.
         rows = _rows(score(p, chosen, save).reshape(shape), target, settings)
     else:
-        inputs = inputs.changed(weights=weights)
+        inputs = changed(inputs, weights=weights)
         rows = _Loss.apply(chosen.name, saves(inputs, save), shape, settings, target, *inputs)
     rows = rows if options.get("dims") is not None else rows[0]
     if loss_reduction == "none":

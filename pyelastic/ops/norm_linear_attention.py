@@ -39,6 +39,7 @@ from pyelastic.ops import _norm_linear_attention_cpu as cpu
 from pyelastic.ops import _norm_linear_attention_cuda as cuda
 from pyelastic.ops import _norm_linear_attention_triton as triton
 from pyelastic.ops import _triton
+from pyelastic.ops._binding import changed
 from pyelastic.ops._norm_linear_attention import Inputs, empty_like, sequences_of
 from pyelastic.ops._norm_linear_attention import LinearAttentionState as LinearAttentionState
 from pyelastic.ops._norm_linear_attention_checks import (
@@ -168,7 +169,7 @@ def norm_linear_attention(
 
 def attend(inputs: Inputs, output_final_state: bool, layout: str, backend: str) -> Any:
     """Resolve the backend, run it, and give the result the caller's layout."""
-    inputs = inputs.changed(final_state=output_final_state)
+    inputs = changed(inputs, final_state=output_final_state)
     o, s, z = _dispatch.resolve(OP, call_of(inputs), backend).run.attend(inputs)  # type: ignore[union-attr]
     o = o.transpose(1, 2) if layout == "bhnd" else o
     if not output_final_state:
