@@ -38,6 +38,24 @@ T* as(Pointer p) {
 #define PYELASTIC_CHOOSE(table) pyelastic::baseline::table
 #endif
 
+// A pointer to the table of products, which knows more sets, or null without AVX2.
+#ifdef PYELASTIC_HAVE_AMX
+#define PYELASTIC_AMX_OR(table, other) (pyelastic::isa() == Isa::amx ? &pyelastic::amx::table : other)
+#else
+#define PYELASTIC_AMX_OR(table, other) other
+#endif
+#ifdef PYELASTIC_HAVE_X86_ISAS
+#define PYELASTIC_CHOOSE_BFLOAT16(table, other) \
+  PYELASTIC_AMX_OR(table, (pyelastic::isa() == Isa::avx512bf16 ? &pyelastic::avx512bf16::table : other))
+#define PYELASTIC_CHOOSE_PRODUCTS(table)                                                  \
+  PYELASTIC_CHOOSE_BFLOAT16(table, (pyelastic::isa() == Isa::avx512 ? &pyelastic::avx512::table \
+                                    : pyelastic::isa() == Isa::avx2 ? &pyelastic::avx2::table   \
+                                                                    : nullptr))
+#else
+#define PYELASTIC_CHOOSE_BFLOAT16(table, other) other
+#define PYELASTIC_CHOOSE_PRODUCTS(table) nullptr
+#endif
+
 template <class T>
 const pyelastic::FiraKernels<T>& fira() {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -47,25 +65,8 @@ const pyelastic::FiraKernels<T>& fira() {
   }
 }
 
-// Null where the machine lacks AVX2.
-const pyelastic::FiraProducts* fira_products() {
-#ifdef PYELASTIC_HAVE_X86_ISAS
-  if (pyelastic::isa() == Isa::avx512bf16) return &pyelastic::avx512bf16::fira_products;
-  if (pyelastic::isa() == Isa::avx512) return &pyelastic::avx512::fira_products;
-  if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::fira_products;
-#endif
-  return nullptr;
-}
-
-// Null where the machine lacks AVX2.
-const pyelastic::Gemm* gemm() {
-#ifdef PYELASTIC_HAVE_X86_ISAS
-  if (pyelastic::isa() == Isa::avx512bf16) return &pyelastic::avx512bf16::gemm;
-  if (pyelastic::isa() == Isa::avx512) return &pyelastic::avx512::gemm;
-  if (pyelastic::isa() == Isa::avx2) return &pyelastic::avx2::gemm;
-#endif
-  return nullptr;
-}
+const pyelastic::FiraProducts* fira_products() { return PYELASTIC_CHOOSE_PRODUCTS(fira_products); }
+const pyelastic::Gemm* gemm() { return PYELASTIC_CHOOSE_PRODUCTS(gemm); }
 
 bool is_intel() {
 #ifdef PYELASTIC_HAVE_X86_ISAS
@@ -250,17 +251,8 @@ pyelastic::MaxSimProblem maxsim_problem(const MaxSim& m) {
 
 template <class T>
 const pyelastic::MaxSimKernels<T>& maxsim() {
-#ifdef PYELASTIC_HAVE_X86_ISAS
-  if (pyelastic::isa() == Isa::avx512bf16) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      return pyelastic::avx512bf16::maxsim_float;
-    } else {
-      return pyelastic::avx512bf16::maxsim_double;
-    }
-  }
-#endif
   if constexpr (sizeof(T) == sizeof(float)) {
-    return PYELASTIC_CHOOSE(maxsim_float);
+    return *PYELASTIC_CHOOSE_BFLOAT16(maxsim_float, &PYELASTIC_CHOOSE(maxsim_float));
   } else {
     return PYELASTIC_CHOOSE(maxsim_double);
   }

@@ -84,7 +84,7 @@ struct FiraKernels {
 };
 
 // The two products, for float32 and 16-bit weights; AVX2 and AVX-512. `basis` is P as stored, of any dtype; `dtype` is that of
-// G and W. With AVX-512-BF16 bfloat16 operands are multiplied as they are (C rounded), all else in float.
+// G and W. With AVX-512-BF16 or AMX bfloat16 operands are multiplied as they are (C rounded), all else in float.
 struct FiraProducts {
   std::int64_t (*room)(const FiraProblem& p, Dtype dtype);  // bytes of scratch, on a 64-byte boundary
   // R (as the moments lie), the moments' update with it as it was before it was rounded to `r_dtype`, and squares [3, L].
@@ -114,6 +114,9 @@ extern const FiraProducts fira_products;
 namespace avx512bf16 {
 extern const FiraProducts fira_products;
 }  // namespace avx512bf16
+namespace amx {
+extern const FiraProducts fira_products;
+}  // namespace amx
 
 // --- CUDA -----------------------------------------------------------------------------------------------
 //

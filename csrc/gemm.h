@@ -18,8 +18,8 @@ struct Gemm {
   // Bytes that `run` wants as `room`, on a 64-byte boundary.
   std::int64_t (*room)(std::int64_t rows, std::int64_t columns);
   // c [rows, columns] contiguous, a [rows, depth], b [depth, columns]. `add`: to what c holds. The bits depend on neither the
-  // thread count nor `room`; c aliases nothing. With AVX-512-BF16 two bfloat16 operands are multiplied as they are, which
-  // takes subnormal ones for 0; all else is converted to float.
+  // thread count nor `room`; c aliases nothing. With AVX-512-BF16 or AMX two bfloat16 operands are multiplied as they are,
+  // which takes subnormal ones for 0; all else is converted to float.
   void (*run)(GemmOperand a, GemmOperand b, float* c, std::int64_t rows, std::int64_t columns, std::int64_t depth, bool add,
               void* room, int threads);
 };
@@ -31,6 +31,9 @@ namespace avx512 {
 extern const Gemm gemm;
 }
 namespace avx512bf16 {
+extern const Gemm gemm;
+}
+namespace amx {
 extern const Gemm gemm;
 }
 

@@ -125,8 +125,10 @@ PYELASTIC_DECLARE(avx512)
 #undef PYELASTIC_DECLARE
 namespace avx512bf16 {
 extern const MaxSimKernels<float> maxsim_float;
-extern const MaxSimKernels<double> maxsim_double;
-}  // namespace avx512bf16
+}
+namespace amx {
+extern const MaxSimKernels<float> maxsim_float;
+}
 
 namespace cuda {
 

@@ -6,10 +6,11 @@
 
 namespace pyelastic {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+// amx: with AVX-512-BF16, and the system lets this process use the tile registers.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 // The best instruction set that this machine has and this build contains. PYELASTIC_CPU_ISA
-// (baseline, avx2, avx512, avx512bf16) lowers it, for tests and for comparing; it never raises it.
+// (baseline, avx2, avx512, avx512bf16, amx) lowers it, for tests and for comparing; it never raises it.
 // Throws std::invalid_argument for any other value.
 Isa isa();
 

@@ -6,13 +6,13 @@
 // W is written. Both are products A B with a row-major result [rows, columns]:
 //   left   R [r, n] = P^T [r, m] G [m, n],   C P^T [m, n] = P [m, r] C [r, n]
 //   right  R [m, r] = G [m, n] P^T [n, r],   C P^T [m, n] = C [m, r] P [r, n]
-// Packing and micro-kernel: products.h. With AVX-512-BF16 and bfloat16 weights P, G and C are pairs of bfloat16; else all is
+// Packing and micro-kernel: products.h. With AVX-512-BF16 or AMX and bfloat16 weights P, G and C are bfloat16; else all is
 // float. Depth is cut into kDepth. P (projection) and A (way back) are packed once, into `room`, the rest into a
 // thread's scratch: a block of B and of R stays in L2, a group of A in L1. What comes next from memory is asked for meanwhile.
 
 #include "../common/parallel.h"
 #include "fira_moments.h"
-#include "products.h"
+#include "tiles.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -71,19 +71,19 @@ void pack_gradients(const FiraProblem& p, const Matrix& g, Int at, Int count, In
                     double* sums) {
   using Element = typename Kind::Element;
   using Source = typename Kind::Source;
-  constexpr Int kElements = kDepth / Kind::depth;
+  const Int pitch = Kind::elements(kDepth);  // of a vector in a group or panel
   if (!p.left) {
     const auto read = [&](Int row, Int column, Int n, Source* room) {
       const Source* line = g(row, column, n, room);
       sums[row - at] += line_squares(line, n);
       return line;
     };
-    return pack_along<Kind, kGroup>(read, at, count, k0, depth, x, kElements * kGroup);
+    return pack_a<Kind>(true, read, at, count, k0, depth, x, pitch * Kind::group);
   }
-  pack_across<Kind, kPanel>(g, at, count, k0, depth, x, kElements * kPanel);
+  pack_across<Kind, kPanel>(g, at, count, k0, depth, x, pitch * kPanel);
   typedef Element Lanes __attribute__((vector_size(kVecBytes)));
   for (Int j = 0; j < count; j += kPanel) {
-    const Element* panel = x + j * kElements;
+    const Element* panel = x + j * pitch;
     Vec<float> sum[2] = {};
     for (Int k = 0; k < ceil_div(depth, Kind::depth); ++k, panel += kPanel) {
       Lanes low, high;
@@ -100,7 +100,8 @@ template <class Kind>
 void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const FiraMoments& moments, void* r, Dtype r_dtype,
              double* squares, void* room, int threads) {
   using Element = typename Kind::Element;
-  const Int steps = ceil_div(p.dim, kDepth), elements = kDepth / Kind::depth;  // of a group or panel and a step
+  constexpr Int kGroup = Kind::group;
+  const Int steps = ceil_div(p.dim, kDepth), elements = Kind::elements(kDepth);  // of a group or panel and a step
   const Int width = p.left ? kGroup : kPanel, parts = ceil_div(p.rank, width);
   Element* const packed = static_cast<Element*>(room);  // [step][part][element][width]
   parallel_for(steps, 1, threads, [&](Int begin, Int end) {
@@ -108,7 +109,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const F
       const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), pitch = elements * width;
       Element* out = packed + s * parts * pitch;
       if (p.left) {
-        pack_across<Kind, kGroup>(basis, 0, p.rank, k0, depth, out, pitch);
+        pack_a<Kind>(false, basis, 0, p.rank, k0, depth, out, pitch);
       } else {
         pack_along<Kind, kPanel>(basis, 0, p.rank, k0, depth, out, pitch);
       }
@@ -127,6 +128,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const F
   };
   parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
     const Int most = blocks.widest();
+    const typename Kind::Ready ready;
     Room own(Room::bytes<Element>(most * elements) + Room::bytes<double>(most) +
              Room::bytes<float>(height * pitch));
     Element* const x = own.take<Element>(most * elements);
@@ -136,7 +138,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const F
       const Int at = blocks.first(block), count = blocks.first(block + 1) - at;
       for (Int i = 0; i < count; ++i) sums[i] = 0;
       for (Int s = 0; s < steps; ++s) {
-        const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), length = ceil_div(depth, Kind::depth);
+        const Int k0 = s * kDepth, depth = least(kDepth, p.dim - k0), length = Kind::elements(depth);
         const bool last = s + 1 == steps;
         // Of the blocks to come this thread's is likely the one after those of the others.
         const Int next = least(last ? block + (block + 1 < end ? 1 : threads) : block, blocks.parts);
@@ -155,7 +157,7 @@ void project(const FiraProblem& p, const Matrix& g, const Matrix& basis, const F
             gradients.fetch();
             first_moments.fetch();
             second_moments.fetch();
-            multiply(rows - i, a + i * elements, b + j * elements, length, of_r + i * pitch + j, pitch, s > 0);
+            multiply<Kind>(rows - i, a + i * elements, b + j * elements, length, of_r + i * pitch + j, pitch, s > 0);
           }
         }
       }
@@ -193,18 +195,21 @@ template <class Kind, class ReadA, class ReadB>
 void apply(const FiraProblem& p, const ReadA& a, const ReadB& b, const FiraWeights<float>& x, void* room, int threads) {
   using Element = typename Kind::Element;
   const Int rows = p.left ? p.dim : p.vectors, columns = p.left ? p.vectors : p.dim;
-  const Int elements = ceil_div(p.rank, Kind::depth), groups = ceil_div(rows, kGroup);
+  constexpr Int kGroup = Kind::group;
+  const Int elements = Kind::elements(p.rank), groups = ceil_div(rows, kGroup);
   Element* const packed = static_cast<Element*>(room);  // [group][element][kGroup]
   parallel_for(groups, 4, threads, [&](Int begin, Int end) {
     const Int first = begin * kGroup, last = least(end * kGroup, rows);
-    pack_along<Kind, kGroup>(a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup);
+    pack_a<Kind>(true, a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup);
   });
   const Cut blocks(columns, least(kBlockElements / elements, 1024), kPanel, threads);
   parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
     const Int most = blocks.widest();
-    Room own(Room::bytes<Element>(most * elements) + Room::bytes<float>(kGroup * most));
+    const typename Kind::Ready ready;
+    const Int pitch = most + kHalf;  // rows a power of 2 apart would share one set of L1
+    Room own(Room::bytes<Element>(most * elements) + Room::bytes<float>(kGroup * pitch));
     Element* const panels = own.take<Element>(most * elements);
-    float* const t = own.take<float>(kGroup * most);  // [kGroup, most]
+    float* const t = own.take<float>(kGroup * pitch);  // [kGroup, pitch]
     for (Int block = begin; block < end; ++block) {
       const Int at = blocks.first(block), count = blocks.first(block + 1) - at;
       pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel);
@@ -215,11 +220,11 @@ void apply(const FiraProblem& p, const ReadA& a, const ReadB& b, const FiraWeigh
         for (Int j = 0; j < count; j += kPanel) {
           weights.fetch();
           gradients.fetch();
-          multiply(height, packed + row * elements, panels + j * elements, elements, t + j, most, false);
+          multiply<Kind>(height, packed + row * elements, panels + j * elements, elements, t + j, pitch, false);
         }
         for (Int i = 0; i < height; ++i) {
           for (Int j = 0; j < count; j += kSegment) {
-            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * most + j);
+            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * pitch + j);
           }
         }
       }
@@ -227,31 +232,22 @@ void apply(const FiraProblem& p, const ReadA& a, const ReadB& b, const FiraWeigh
   });
 }
 
-template <class Kind>
-void apply_of(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMoments& moments, const Matrix& basis,
-              const FiraWeights<float>& x, void* room, int threads) {
-  const Coefficients<typename Kind::Source> c{p, moments, x.f, r, r_dtype};
-  p.left ? apply<Kind>(p, basis, c, x, room, threads) : apply<Kind>(p, c, basis, x, room, threads);
-}
-
-// Whether bfloat16 operands are multiplied as such.
-bool in_pairs(Dtype dtype) {
+// Calls f with what products of weights of this dtype are made of.
+template <class F>
+auto with_kind(Dtype dtype, const F& f) {
 #if defined(__AVX512BF16__)
-  return dtype == Dtype::bfloat16;
-#else
-  return dtype == Dtype::bfloat16 && false;
+  if (dtype == Dtype::bfloat16) return f(Bfloat16s{});
 #endif
+  static_cast<void>(dtype);
+  return f(Floats{});
 }
 
 void fira_project(const FiraProblem& p, const void* g, Dtype dtype, Int g_stride, const void* basis, Dtype p_dtype,
                   const FiraMoments& moments, void* r, Dtype r_dtype, double* squares, void* room, int threads) {
   const Matrix gradient{g, dtype, g_stride}, projector{basis, p_dtype, p.left ? p.rank : p.dim};
-#if defined(__AVX512BF16__)
-  if (in_pairs(dtype)) {
-    return project<Pairs>(p, gradient, projector, moments, r, r_dtype, squares, room, threads);
-  }
-#endif
-  project<Floats>(p, gradient, projector, moments, r, r_dtype, squares, room, threads);
+  with_kind(dtype, [&](auto kind) {
+    project<decltype(kind)>(p, gradient, projector, moments, r, r_dtype, squares, room, threads);
+  });
 }
 
 void fira_apply(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMoments& moments, const void* basis,
@@ -260,17 +256,21 @@ void fira_apply(const FiraProblem& p, const void* r, Dtype r_dtype, const FiraMo
   const Matrix projector{basis, p_dtype, p.left ? p.rank : p.dim};
   const FiraWeights<float> x{p, f, g, g_stride, w, w_stride, dtype, static_cast<float>(size), static_cast<float>(keep),
                              rounding};
-#if defined(__AVX512BF16__)
-  if (in_pairs(dtype)) return apply_of<Pairs>(p, r, r_dtype, moments, projector, x, room, threads);
-#endif
-  apply_of<Floats>(p, r, r_dtype, moments, projector, x, room, threads);
+  with_kind(dtype, [&](auto kind) {
+    using Kind = decltype(kind);
+    const Coefficients<typename Kind::Source> c{p, moments, f, r, r_dtype};
+    p.left ? apply<Kind>(p, projector, c, x, room, threads) : apply<Kind>(p, c, projector, x, room, threads);
+  });
 }
 
 Int fira_room(const FiraProblem& p, Dtype dtype) {
-  const Int rows = p.left ? p.dim : p.vectors, depth = in_pairs(dtype) ? 2 : 1;
-  const Int projection = round_up(p.rank, p.left ? kGroup : kPanel) * round_up(p.dim, kDepth);
-  const Int back = round_up(rows, kGroup) * round_up(p.rank, 2);
-  return 4 / depth * (projection > back ? projection : back);
+  return with_kind(dtype, [&](auto kind) {
+    using Kind = decltype(kind);
+    const Int rows = p.left ? p.dim : p.vectors, steps = ceil_div(p.dim, kDepth);
+    const Int projection = round_up(p.rank, p.left ? Kind::group : kPanel) * steps * Kind::elements(kDepth);
+    const Int back = round_up(rows, Kind::group) * Kind::elements(p.rank);
+    return static_cast<Int>(sizeof(typename Kind::Element)) * (projection > back ? projection : back);
+  });
 }
 
 }  // namespace

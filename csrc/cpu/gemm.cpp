@@ -7,21 +7,25 @@
 #include "../gemm.h"
 
 #include "../common/parallel.h"
-#include "products.h"
+#include "tiles.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-// Packs kWidth-wide pieces of rows (A) or columns (B) first .. first + count - 1 of depth k0 .. k0 + depth - 1, `pitch`
-// elements apart. piece: distance of two rows of A or columns of B, deep: of two along the depth.
-template <class Kind, Int kWidth>
-void pack_pieces(const GemmOperand& x, Int piece, Int deep, Int first, Int count, Int k0, Int depth,
-                 typename Kind::Element* out, Int pitch) {
-  if (deep == 1) {
-    pack_along<Kind, kWidth>(Matrix{x.data, x.dtype, piece}, first, count, k0, depth, out, pitch);
+// Packs rows (of A) or columns (of B) first .. first + count - 1 of depth k0 .. k0 + depth - 1, groups or panels `pitch`
+// elements apart.
+template <class Kind>
+void pack_rows(const GemmOperand& a, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch) {
+  const bool along = a.column == 1;
+  pack_a<Kind>(along, Matrix{a.data, a.dtype, along ? a.row : a.column}, first, count, k0, depth, out, pitch);
+}
+template <class Kind>
+void pack_columns(const GemmOperand& b, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch) {
+  if (b.row == 1) {
+    pack_along<Kind, kPanel>(Matrix{b.data, b.dtype, b.column}, first, count, k0, depth, out, pitch);
   } else {
-    pack_across<Kind, kWidth>(Matrix{x.data, x.dtype, deep}, first, count, k0, depth, out, pitch);
+    pack_across<Kind, kPanel>(Matrix{b.data, b.dtype, b.row}, first, count, k0, depth, out, pitch);
   }
 }
 
@@ -35,7 +39,8 @@ template <class Kind>
 void multiply_all(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns, Int depth, bool add, void* room,
                   int threads) {
   using Element = typename Kind::Element;
-  constexpr Int kElements = kDepth / Kind::depth;
+  constexpr Int kGroup = Kind::group;
+  const Int elements = Kind::elements(kDepth);  // of a row or column, packed
   Element* const packed = static_cast<Element*>(room);
   const bool rows_shared = rows <= columns;
   const Int shared = rows_shared ? rows : columns, other = rows_shared ? columns : rows;
@@ -43,33 +48,34 @@ void multiply_all(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns,
   const Cut blocks(other, kBlockElements / kDepth, unit, threads);
   for_steps(depth, [&](Int k0, Int step) {
     const bool onto = add || k0 > 0;
-    const Int length = ceil_div(step, Kind::depth);
+    const Int length = Kind::elements(step);
     parallel_for(ceil_div(shared, width), 4, threads, [&](Int begin, Int end) {
       const Int first = begin * width, count = least(end * width, shared) - first;
-      Element* const to = packed + first * kElements;
+      Element* const to = packed + first * elements;
       if (rows_shared) {
-        pack_pieces<Kind, kGroup>(a, a.row, a.column, first, count, k0, step, to, kElements * kGroup);
+        pack_rows<Kind>(a, first, count, k0, step, to, elements * kGroup);
       } else {
-        pack_pieces<Kind, kPanel>(b, b.column, b.row, first, count, k0, step, to, kElements * kPanel);
+        pack_columns<Kind>(b, first, count, k0, step, to, elements * kPanel);
       }
     });
     parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
-      const auto bytes = sizeof(Element) * static_cast<std::size_t>(blocks.widest() * kElements);
+      const typename Kind::Ready ready;
+      const auto bytes = sizeof(Element) * static_cast<std::size_t>(blocks.widest() * elements);
       Element* const own = static_cast<Element*>(thread_scratch(bytes));
       for (Int part = begin; part < end; ++part) {
         const Int at = blocks.first(part), count = blocks.first(part + 1) - at;
         if (rows_shared) {
-          pack_pieces<Kind, kPanel>(b, b.column, b.row, at, count, k0, step, own, kElements * kPanel);
+          pack_columns<Kind>(b, at, count, k0, step, own, elements * kPanel);
           for (Int i = 0; i < rows; i += kGroup) {
             for (Int j = 0; j < count; j += kPanel) {
-              multiply_tile(packed + i * kElements, own + j * kElements, length, c, i, rows, at + j, columns, onto);
+              multiply_tile<Kind>(packed + i * elements, own + j * elements, length, c, i, rows, at + j, columns, onto);
             }
           }
         } else {
-          pack_pieces<Kind, kGroup>(a, a.row, a.column, at, count, k0, step, own, kElements * kGroup);
+          pack_rows<Kind>(a, at, count, k0, step, own, elements * kGroup);
           for (Int j = 0; j < columns; j += kPanel) {
             for (Int i = 0; i < count; i += kGroup) {
-              multiply_tile(own + i * kElements, packed + j * kElements, length, c, at + i, rows, j, columns, onto);
+              multiply_tile<Kind>(own + i * elements, packed + j * elements, length, c, at + i, rows, j, columns, onto);
             }
           }
         }
@@ -84,15 +90,26 @@ void run(GemmOperand a, GemmOperand b, float* c, Int rows, Int columns, Int dept
   }
 #if defined(__AVX512BF16__)
   if (a.dtype == Dtype::bfloat16 && b.dtype == Dtype::bfloat16) {
-    return multiply_all<Pairs>(a, b, c, rows, columns, depth, add, room, threads);
+    return multiply_all<Bfloat16s>(a, b, c, rows, columns, depth, add, room, threads);
   }
 #endif
   multiply_all<Floats>(a, b, c, rows, columns, depth, add, room, threads);
 }
 
+template <class Kind>
+Int room_of(Int rows, Int columns) {
+  const Int shared = rows <= columns ? round_up(rows, Kind::group) : round_up(columns, kPanel);
+  return static_cast<Int>(sizeof(typename Kind::Element)) * shared * Kind::elements(kDepth);
+}
+
 Int room(Int rows, Int columns) {
-  const Int shared = rows <= columns ? round_up(rows, kGroup) : round_up(columns, kPanel);
-  return static_cast<Int>(sizeof(float)) * shared * kDepth;
+  const Int floats = room_of<Floats>(rows, columns);
+#if defined(__AVX512BF16__)
+  const Int narrow = room_of<Bfloat16s>(rows, columns);
+  return narrow > floats ? narrow : floats;
+#else
+  return floats;
+#endif
 }
 
 }  // namespace

@@ -416,8 +416,10 @@ void forward(const MaxSimProblem& p, const void* packed, bool pairs, const std::
 }  // namespace
 
 const MaxSimKernels<float> maxsim_float = {norms<float>, block<float>, pairs, pack<float>, forward<float>};
+#if !defined(__AVX512BF16__)  // there of no other use than with AVX-512
 const MaxSimKernels<double> maxsim_double = {norms<double>, block<double>, pairs, pack<double>,
                                                forward<double>};
+#endif
 
 }  // namespace PYELASTIC_ISA
 }  // namespace pyelastic

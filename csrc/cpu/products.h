@@ -1,8 +1,9 @@
 // Products on CPUs with AVX2 or AVX-512, A [rows, depth] B [depth, columns]: packed operands, and the micro-kernel on them.
 //
 // Packing: A in groups of 12 rows (AVX2: 6), B in panels of two vectors of columns, depth-major, so that the micro-kernel
-// (24 sums in registers; 12) reads both as streams. With AVX-512-BF16 an element can be a pair of bfloat16 along the depth;
-// else everything is converted to float. A result's sum has one order, whatever the thread count.
+// (24 sums in registers; 12) reads both as streams. With AVX-512-BF16 an element can be a pair of bfloat16 along the depth,
+// and with AMX (tiles.h) groups have 32 rows, packed as its tiles; else everything is converted to float. A result's sum has
+// one order, whatever the thread count.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +17,7 @@ namespace {
 
 using Int = std::int64_t;
 
-constexpr Int kHalf = VecOf<float>::lanes, kGroup = kMicroRows, kPanel = 2 * kHalf;
+constexpr Int kHalf = VecOf<float>::lanes, kPanel = 2 * kHalf;
 constexpr Int kDepth = 256;  // of one sum in registers
 // Elements of packed B (way back) or of packed vectors (projection): 384 KB of 1 MB L2, where AVX-512 is missing 192 of 512.
 constexpr Int kBlockElements = (kHalf == 16 ? 96 : 48) * 1024;
@@ -24,10 +25,17 @@ constexpr Int kBlockElements = (kHalf == 16 ? 96 : 48) * 1024;
 Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 Int round_up(Int a, Int b) { return ceil_div(a, b) * b; }
 
+// What products are made of.
 struct Floats {
   using Element = float;  // of a packed operand
   using Source = float;   // of a line before it is packed
-  static constexpr Int depth = 1;
+  static constexpr Int depth = 1;            // of an element
+  static constexpr Int group = kMicroRows;   // rows of A that meet a panel
+  static constexpr bool tiled = false;       // A is packed as tiles
+  static Int elements(Int of) { return of; }  // along a packed depth
+  struct Ready {                             // what a thread holds while it multiplies
+    Ready() {}
+  };
 };
 
 PYELASTIC_INLINE void multiply_add(Vec<float>& sum, const Vec<float>& b, float a) { sum += b * a; }
@@ -37,6 +45,10 @@ struct Pairs {
   using Element = std::uint32_t;
   using Source = std::uint16_t;
   static constexpr Int depth = 2;
+  static constexpr Int group = kMicroRows;
+  static constexpr bool tiled = false;
+  static Int elements(Int of) { return ceil_div(of, depth); }
+  using Ready = Floats::Ready;
 };
 typedef std::uint32_t Words __attribute__((vector_size(64)));
 
@@ -63,7 +75,7 @@ inline void multiply_rows(const Element* a, const Element* b, Int depth, float* 
       multiply_add(sum[r][0], low, a[r]);
       multiply_add(sum[r][1], high, a[r]);
     }
-    a += kGroup;
+    a += kMicroRows;
     b += kPanel;
   }
 #pragma GCC unroll 12
@@ -78,13 +90,18 @@ inline void multiply_rows(const Element* a, const Element* b, Int depth, float* 
   }
 }
 
-// out [kGroup, kPanel] (row stride ldo) = or += A B over `depth` packed elements; rows from `rows` on may be left out.
-template <class Element>
-inline void multiply(Int rows, const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
-  constexpr int kThird = kGroup / 3;
-  if (rows > 2 * kThird) return multiply_rows<kGroup>(a, b, depth, out, ldo, add);
-  if (rows > kThird) return multiply_rows<2 * kThird>(a, b, depth, out, ldo, add);
-  multiply_rows<kThird>(a, b, depth, out, ldo, add);
+// out [group, kPanel] (row stride ldo) = or += A B over `depth` packed elements; rows from `rows` on may be left out.
+template <class Kind>
+inline void multiply(Int rows, const typename Kind::Element* a, const typename Kind::Element* b, Int depth, float* out,
+                     Int ldo, bool add) {
+  if constexpr (Kind::tiled) {
+    Kind::multiply(rows, a, b, depth, out, ldo, add);
+  } else {
+    constexpr int kThird = kMicroRows / 3;
+    if (rows > 2 * kThird) return multiply_rows<kMicroRows>(a, b, depth, out, ldo, add);
+    if (rows > kThird) return multiply_rows<2 * kThird>(a, b, depth, out, ldo, add);
+    multiply_rows<kThird>(a, b, depth, out, ldo, add);
+  }
 }
 
 inline float pack(const float* x) { return *x; }
@@ -118,7 +135,7 @@ void pack_across(const Read& read, Int first, Int count, Int k0, Int depth, type
   constexpr Int kLine = kSegment / kWidth * kWidth;
   Source room[2][kSegment];
   const Source zeros[kSegment] = {};
-  for (Int k = 0; k < depth; k += Kind::depth) {
+  for (Int k = 0; k < Kind::elements(depth) * Kind::depth; k += Kind::depth) {
     for (Int at = 0; at < count; at += kLine) {
       const Int n = least(kLine, count - at);
       const Source* lines[2] = {zeros, zeros};
@@ -173,9 +190,29 @@ void pack_along(const Read& read, Int first, Int count, Int k0, Int depth, typen
       for (; e < whole; ++e, to += kWidth) {
         for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i] + e * Kind::depth);
       }
-      if (whole * Kind::depth == n) continue;
-      for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i][n - 1], typename Kind::Source{});
+      if (whole * Kind::depth < n) {
+        for (Int i = 0; i < kWidth; ++i) to[i] = pack(lines[i][n - 1], typename Kind::Source{});
+        ++e, to += kWidth;
+      }
+      for (; e < Kind::elements(n); ++e, to += kWidth) {
+        for (Int i = 0; i < kWidth; ++i) to[i] = 0;
+      }
     }
+  }
+}
+
+// The above of rows of A.
+template <class Kind, class Read>
+void pack_a(bool along, const Read& read, Int first, Int count, Int k0, Int depth, typename Kind::Element* out, Int pitch) {
+  if constexpr (Kind::tiled) {
+    const auto panels = [&](Int at, Int from, Int n, typename Kind::Element* to) {
+      pack_across<Kind, kPanel>(read, first + at, least(kPanel, count - at), k0 + from, n, to, 0);
+    };
+    along ? Kind::pack_along(read, first, count, k0, depth, out, pitch) : Kind::pack_across(panels, count, depth, out, pitch);
+  } else if (along) {
+    pack_along<Kind, Kind::group>(read, first, count, k0, depth, out, pitch);
+  } else {
+    pack_across<Kind, Kind::group>(read, first, count, k0, depth, out, pitch);
   }
 }
 
@@ -191,14 +228,15 @@ struct Cut {
   Int widest() const { return parts == 0 ? 0 : ceil_div(units, parts) * unit; }
 };
 
-// Result tile [kGroup, kPanel] of R at (row, column), of which the part inside of [rows, columns] counts.
-template <class Element>
-void multiply_tile(const Element* a, const Element* b, Int depth, float* r, Int row, Int rows, Int column, Int columns,
-                   bool add) {
+// Result tile [group, kPanel] of R at (row, column), of which the part inside of [rows, columns] counts.
+template <class Kind>
+void multiply_tile(const typename Kind::Element* a, const typename Kind::Element* b, Int depth, float* r, Int row, Int rows,
+                   Int column, Int columns, bool add) {
+  constexpr Int kGroup = Kind::group;
   float* to = r + row * columns + column;
-  if (row + kGroup <= rows && column + kPanel <= columns) return multiply(kGroup, a, b, depth, to, columns, add);
-  float tile[kGroup * kPanel];
-  multiply(rows - row, a, b, depth, tile, kPanel, false);
+  if (row + kGroup <= rows && column + kPanel <= columns) return multiply<Kind>(kGroup, a, b, depth, to, columns, add);
+  alignas(64) float tile[kGroup * kPanel];
+  multiply<Kind>(rows - row, a, b, depth, tile, kPanel, false);
   for (Int i = 0; i < least(kGroup, rows - row); ++i) {
     for (Int j = 0; j < least(kPanel, columns - column); ++j) {
       const float value = tile[i * kPanel + j];

@@ -10,7 +10,7 @@ import backends
 import pytest
 
 HERE = Path(__file__).parent
-SETS = ("baseline", "avx2", "avx512")  # the best is avx512bf16
+SETS = ("baseline", "avx2", "avx512", "avx512bf16")  # the best is amx
 WHICH = "from pyelastic import _extension as e; print(e.load().isa())"
 # Tests of each op, chosen by -k from files.
 CHOSEN = {
