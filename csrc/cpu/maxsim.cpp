@@ -8,7 +8,8 @@
 #include <cmath>
 #include <limits>
 
-#include "maxsim_tile.h"
+#include "amx.h"
+#include "maxsim_running.h"
 
 namespace pyelastic {
 namespace PYELASTIC_ISA {
@@ -88,6 +89,16 @@ inline void multiply(const std::uint16_t* a, std::int64_t lda, const std::uint16
 }
 #endif
 
+// What a thread holds while it multiplies elements of E.
+template <class E>
+struct Registers {
+  Registers() {}
+};
+#if defined(__AMX_BF16__)
+template <>
+struct Registers<std::uint16_t> : TileRegisters {};
+#endif
+
 // E: what products take, T or bfloat16 in pairs.
 template <class E>
 constexpr int kGroup = sizeof(E) == 2 ? 2 : 1;  // of the dimension
@@ -151,62 +162,6 @@ void pack(const Tokens& q, std::int64_t dim, const std::int64_t* groups, const s
   pack_as<T, kBlock<T>>(q, dim, groups, blocks, n, static_cast<T*>(packed), threads);
 }
 
-// The running aggregate of one block of query tokens over the tokens of a document.
-//   maximum, top-k: value[level] falls with the level, index the winner; smooth: value[0] the maximum of s / tau in
-//   powers of 2, value[1] the sum of 2^(s / tau - maximum).
-template <class T>
-struct Running {
-  Vec<T>* value;    // [levels][2]
-  Mask<T>* index;   // [levels][2]
-};
-
-// (v > m), or the first NaN.
-template <class T>
-PYELASTIC_INLINE Mask<T> above(const Vec<T>& v, const Vec<T>& m) {
-  return (v > m) | ((v != v) & (m == m));
-}
-
-template <int R, class T>
-PYELASTIC_INLINE void take_maximum(const Running<T>& run, int half, const Vec<T> (&v)[R], const std::int32_t* positions) {
-  Vec<T> m = run.value[half];
-  Mask<T> a = run.index[half];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    const Mask<T> better = above<T>(v[r], m);
-    m = better ? v[r] : m;
-    a = better ? Mask<T>{} + positions[r] : a;
-  }
-  run.value[half] = m;
-  run.index[half] = a;
-}
-
-template <class T>
-PYELASTIC_INLINE void take_levels(const Running<T>& run, int levels, int half, Vec<T> v, std::int32_t t) {
-  Mask<T> at = Mask<T>{} + t;
-  for (int level = 0; level < levels; ++level) {
-    Vec<T>& m = run.value[level * 2 + half];
-    Mask<T>& a = run.index[level * 2 + half];
-    const Mask<T> better = above<T>(v, m);
-    const Vec<T> lower = better ? m : v;  // sinks one level
-    const Mask<T> lower_at = better ? a : at;
-    m = better ? v : m;
-    a = better ? at : a;
-    v = lower;
-    at = lower_at;
-  }
-}
-
-template <int R, class T>
-PYELASTIC_INLINE void take_smooth(const Running<T>& run, int half, const Vec<T> (&v)[R]) {
-  Vec<T> top = run.value[half];
-  for (int r = 0; r < R; ++r) top = above<T>(v[r], top) ? v[r] : top;
-  const auto term = [&](const Vec<T>& x) { return exp2_vec(x == top ? Vec<T>{} : x - top); };  // inf - inf would be NaN
-  Vec<T> sum = run.value[2 + half] * term(run.value[half]);
-  for (int r = 0; r < R; ++r) sum += term(v[r]);
-  run.value[half] = top;
-  run.value[2 + half] = sum;
-}
-
 template <class T>
 struct Unit {
   const MaxSimProblem& p;
@@ -240,59 +195,172 @@ PYELASTIC_INLINE Vec<T> smooth_scale(const MaxSimProblem& p, std::int64_t first,
   return load_vec(lanes) * static_cast<T>(kLog2e / p.temperature);
 }
 
+// 1 / |d| of document j's tokens, or null.
+template <class T>
+const T* inverses(const MaxSimProblem& p, int plane, std::int64_t j) {
+  return p.d_inv == nullptr ? nullptr : static_cast<const T*>(p.d_inv) + plane * p.d.total + p.d.offsets[j];
+}
+
+// R similarities of half a block, with tokens positions[0 .. R - 1] of document j, into the running aggregate.
+template <int R, class T>
+PYELASTIC_INLINE void take(const Unit<T>& u, const Running<T>& run, int plane, int half, std::int64_t first_q, std::int64_t j,
+                           const std::int32_t* positions, Vec<T> (&v)[R]) {
+  const MaxSimProblem& p = u.p;
+  if (const T* inverse = inverses<T>(p, plane, j)) {
+    for (int r = 0; r < R; ++r) v[r] *= inverse[positions[r]];
+  }
+  if (p.temperature > 0) {
+    const Vec<T> scale = smooth_scale<T>(p, first_q + half * VecOf<T>::lanes, plane);
+    for (int r = 0; r < R; ++r) v[r] *= scale;
+    take_smooth<R>(run, half, v);
+  } else if (u.levels == 1) {
+    take_maximum<R>(run, half, v, positions);
+  } else {
+    for (int r = 0; r < R; ++r) take_levels<T>(run, u.levels, half, v[r], positions[r]);
+  }
+}
+
+// Kept tokens from .. to of document j, in rows.
+template <class T, class E>
+struct Stretch {
+  std::int64_t j, from, to;
+  const E* rows;
+  std::int64_t stride;
+};
+
+// The blocks of group g against a stretch of tokens.
+template <class T, class E>
+void sweep(const Unit<T>& u, std::int64_t g, const Stretch<T, E>& d) {
+  const MaxSimProblem& p = u.p;
+  const std::int64_t count = d.to - d.from, stride = d.stride;
+  const std::int32_t* positions = u.positions + d.from;
+  const int planes = p.topk > 1 ? 1 : p.planes;
+  for (std::int64_t b = 0; b < u.blocks[g + 1] - u.blocks[g]; ++b) {
+    const E* q = static_cast<const E*>(u.packed) + (u.blocks[g] + b) * p.dim * kBlock<T>;
+    const std::int64_t first_q = p.q.offsets[u.groups[g]] + b * kBlock<T>;
+    each_rows(count, [&](std::int64_t n, auto rows) {
+      constexpr int R = decltype(rows)::value;
+      Sums<T> sums{};
+      const std::int64_t ahead = b == 0 && n + 2 * R <= count ? R * stride : 0;
+      std::int64_t done = 0;
+      for (int plane = 0; plane < planes; ++plane) {
+        multiply<R>(d.rows + n * stride + done, stride, q + done * kBlock<T>, kBlock<T>, p.prefixes[plane] - done, sums,
+                    ahead);
+        done = p.prefixes[plane];
+        for (int half = 0; half < 2; ++half) {
+          Vec<T> v[R];
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) v[r] = sums.v[r][half];
+          take<R>(u, u.running(b, plane), plane, half, first_q, d.j, positions + n, v);
+        }
+      }
+    });
+  }
+}
+
+#if defined(__AMX_BF16__)
+// Whether a stretch of tokens can be multiplied by tiles: enough of them, and each plane ends where a step of the depth does.
+bool by_tiles(const MaxSimProblem& p, std::int64_t tokens) {
+  bool whole = tokens >= kTileRows;
+  for (int plane = 0; plane < p.planes; ++plane) whole = whole && p.prefixes[plane] % kTileDepth == 0;
+  return whole;
+}
+
+// take of `rows` rows of a tile s into a running maximum, if all are finite; returns whether they are. Rows are compared as
+// numbers: a comparison that finds the first NaN takes three times as long.
+template <bool kScaled>
+bool take_finite(const Running<float>& run, const float* s, std::int64_t rows, const std::int32_t* positions,
+                 const float* inverse) {
+  Vec<float> m[2] = {run.value[0], run.value[1]}, bad[2] = {};
+  Mask<float> a[2] = {run.index[0], run.index[1]};
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const Mask<float> at = Mask<float>{} + positions[r];
+    for (int half = 0; half < 2; ++half) {
+      Vec<float> v = load_vec(s + r * kTileColumns + half * VecOf<float>::lanes);
+      if constexpr (kScaled) v *= inverse[positions[r]];
+      bad[half] += v * 0.0f;  // NaN of NaN and of infinities
+      const Mask<float> better = v > m[half];
+      m[half] = better ? v : m[half];
+      a[half] = better ? at : a[half];
+    }
+  }
+  const auto both = (__m512)(bad[0] + bad[1]);
+  if (_mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q) != 0) return false;
+  for (int half = 0; half < 2; ++half) {
+    run.value[half] = m[half];
+    run.index[half] = a[half];
+  }
+  return true;
+}
+
+// sweep by tiles: 32 or 16 tokens at a time. The last tile may begin before the tokens that are left: what it shares with the
+// one before is not taken again.
+void sweep_tiles(const Unit<float>& u, std::int64_t g, const Stretch<float, std::uint16_t>& d) {
+  const MaxSimProblem& p = u.p;
+  const std::int64_t count = d.to - d.from, pitch = d.stride * 2;
+  const std::int32_t* positions = u.positions + d.from;
+  const int planes = p.topk > 1 ? 1 : p.planes;
+  const bool maximum = p.temperature == 0 && u.levels == 1;
+  alignas(64) float s[kTileColumns * kTileColumns];
+  for (std::int64_t b = 0; b < u.blocks[g + 1] - u.blocks[g]; ++b) {
+    const auto* q = static_cast<const std::uint16_t*>(u.packed) + (u.blocks[g] + b) * p.dim * kTileColumns;
+    const std::int64_t first_q = p.q.offsets[u.groups[g]] + b * kTileColumns;
+    for (std::int64_t n = 0; n < count;) {
+      const bool both = count >= 2 * kTileRows && count - n > kTileRows;
+      const std::int64_t size = both ? 2 * kTileRows : kTileRows, at = std::min(n, count - size);
+      std::int64_t done = 0;
+      for (int plane = 0; plane < planes; ++plane) {
+        const auto* rows = d.rows + at * d.stride + done;
+        const std::int64_t steps = (p.prefixes[plane] - done) / kTileDepth;
+        const auto multiply = both ? multiply_tiles<true> : multiply_tiles<false>;
+        multiply(rows, pitch, 2 * kTileDepth, q + done * kTileColumns, steps, s, kTileColumns, plane > 0);
+        done = p.prefixes[plane];
+        const Running<float> run = u.running(b, plane);
+        const float* first = s + (n - at) * kTileColumns;
+        const std::int64_t left = at + size - n;
+        if (maximum) {
+          const float* inverse = inverses<float>(p, plane, d.j);
+          const auto take_all = inverse == nullptr ? take_finite<false> : take_finite<true>;
+          if (take_all(run, first, left, positions + n, inverse)) continue;
+        }
+        each_rows(left, [&](std::int64_t row, auto taken) {
+          constexpr int R = decltype(taken)::value;
+          const float* from = first + row * kTileColumns;
+          for (int half = 0; half < 2; ++half) {
+            Vec<float> v[R];
+            for (int r = 0; r < R; ++r) v[r] = load_vec(from + r * kTileColumns + half * VecOf<float>::lanes);
+            take<R>(u, run, plane, half, first_q, d.j, positions + n + row, v);
+          }
+        });
+      }
+      n = at + size;
+    }
+  }
+}
+#endif
+
 // The blocks of group g against kept tokens from .. to of document j.
 template <class T, class E>
-void sweep(const Unit<T>& u, std::int64_t g, std::int64_t j, std::int64_t from, std::int64_t to) {
+void meet(const Unit<T>& u, std::int64_t g, std::int64_t j, std::int64_t from, std::int64_t to) {
   const MaxSimProblem& p = u.p;
   const std::int64_t begin = p.d.offsets[j];
   const std::int32_t* positions = u.positions + from;
   const bool run_of_tokens = positions[to - from - 1] - positions[0] == to - from - 1;
-  const E* rows = static_cast<const E*>(p.d.data) + (begin + positions[0]) * p.d.stride;
-  std::int64_t stride = p.d.stride;
+  Stretch<T, E> d{j, from, to, static_cast<const E*>(p.d.data) + (begin + positions[0]) * p.d.stride, p.d.stride};
   if (!in_place_as<E>(p.d) || !run_of_tokens) {
     E* const tile = static_cast<E*>(u.tile);
     for (std::int64_t n = from; n < to; ++n) {
       copy_token(p.d, begin + u.positions[n], p.dim, tile + (n - from) * p.dim);
     }
-    rows = tile;
-    stride = p.dim;
+    d.rows = tile;
+    d.stride = p.dim;
   }
-  const int planes = p.topk > 1 ? 1 : p.planes;
-  const auto* d_inv = static_cast<const T*>(p.d_inv);
-  for (std::int64_t b = 0; b < u.blocks[g + 1] - u.blocks[g]; ++b) {
-    const E* q = static_cast<const E*>(u.packed) + (u.blocks[g] + b) * p.dim * kBlock<T>;
-    const std::int64_t first_q = p.q.offsets[u.groups[g]] + b * kBlock<T>;
-    each_rows(to - from, [&](std::int64_t n, auto count) {
-      constexpr int R = decltype(count)::value;
-      Sums<T> sums{};
-      const std::int64_t ahead = b == 0 && n + 2 * R <= to - from ? R * stride : 0;
-      std::int64_t done = 0;
-      for (int plane = 0; plane < planes; ++plane) {
-        multiply<R>(rows + n * stride + done, stride, q + done * kBlock<T>, kBlock<T>, p.prefixes[plane] - done, sums,
-                    ahead);
-        done = p.prefixes[plane];
-        const Running<T> run = u.running(b, plane);
-        for (int half = 0; half < 2; ++half) {
-          Vec<T> v[R];
-#pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) v[r] = sums.v[r][half];
-          if (d_inv != nullptr) {
-            const T* inverse = d_inv + plane * p.d.total + begin;
-            for (int r = 0; r < R; ++r) v[r] *= inverse[positions[n + r]];
-          }
-          if (p.temperature > 0) {
-            const Vec<T> scale = smooth_scale<T>(p, first_q + half * VecOf<T>::lanes, plane);
-            for (int r = 0; r < R; ++r) v[r] *= scale;
-            take_smooth<R>(run, half, v);
-          } else if (u.levels == 1) {
-            take_maximum<R>(run, half, v, positions + n);
-          } else {
-            for (int r = 0; r < R; ++r) take_levels<T>(run, u.levels, half, v[r], positions[n + r]);
-          }
-        }
-      }
-    });
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(E) == 2) {
+    if (by_tiles(p, to - from)) return sweep_tiles(u, g, d);
   }
+#endif
+  sweep<T, E>(u, g, d);
 }
 
 // m and the winners of query token `lane` of a block from its running aggregate; k is how many tokens the mean takes.
@@ -377,6 +445,7 @@ void forward_as(const MaxSimProblem& p, const void* packed, const std::int64_t* 
                              Room::bytes<std::int32_t>(longest) + Room::bytes<E>(tile);
   parallel_for(listed ? p.pairs : p.d.count * n, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(bytes);
+    const Registers<E> registers;
     Unit<T> u{p, packed, weights, scores, maxima, winners, groups, blocks, levels, nullptr, nullptr, nullptr, nullptr};
     u.value = room.take<Vec<T>>(states);
     u.index = room.take<Mask<T>>(states);
@@ -391,7 +460,7 @@ void forward_as(const MaxSimProblem& p, const void* packed, const std::int64_t* 
       }
       const std::int64_t n_kept = kept(p, j, u.positions);
       for (std::int64_t from = 0; from < n_kept; from += tile_tokens) {
-        sweep<T, E>(u, g, j, from, std::min(n_kept, from + tile_tokens));
+        meet<T, E>(u, g, j, from, std::min(n_kept, from + tile_tokens));
       }
       for (std::int64_t i = groups[g]; i < groups[g + 1]; ++i) finish_query(u, g, i, j, w, n_kept);
     }

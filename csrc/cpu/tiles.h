@@ -1,13 +1,10 @@
-// bfloat16 products on CPUs with AMX: a tile register holds 16 rows of 64 bytes, an instruction multiplies two and adds to
-// a third: [16, 32] bfloat16 by [32, 16] into [16, 16] float.
+// What products.h needs to multiply bfloat16 with AMX (amx.h).
 //
-// A panel of B, pairs of bfloat16 along the depth by columns, is what the instruction takes as it is. A is packed in groups of
-// 32 rows: for every 32 of the depth two tiles of 16 rows each, contiguous. A result's tile has 32 rows and columns, four
-// registers. Depths are filled up with zeros.
+// A panel of B is what the instruction takes as it is. A is packed in groups of 32 rows: for every 32 of the depth two tiles of
+// 16 rows each, contiguous. Depths are filled up with zeros.
 #pragma once
 
-#include <immintrin.h>
-
+#include "amx.h"
 #include "products.h"
 
 namespace pyelastic {
@@ -21,77 +18,17 @@ struct Tiles {
   static constexpr Int depth = 2;
   static constexpr Int group = 32;
   static constexpr bool tiled = true;
-  static constexpr Int kSide = 16;               // rows of a register, and its elements of 32 bits in a row
+  static constexpr Int kSide = kTileRows;        // rows of a register, and its elements in a row
   static constexpr Int kTile = kSide * kSide;
   static Int elements(Int of) { return round_up(ceil_div(of, depth), kSide); }
 
-  // The registers' shapes. Thread-local in hardware: a thread sets them before its first product, and lets go of them so that
-  // the kernel need not save them.
-  class Ready {
-   public:
-    Ready() {
-      struct alignas(64) Shapes {
-        std::uint8_t palette, start, reserved[14];
-        std::uint16_t bytes[16];
-        std::uint8_t rows[16];
-      };
-      static constexpr std::uint16_t kBytes = 4 * kSide;
-      static constexpr Shapes kShapes = {
-          1, 0, {}, {kBytes, kBytes, kBytes, kBytes, kBytes, kBytes, kBytes, kBytes}, {16, 16, 16, 16, 16, 16, 16, 16}};
-      _tile_loadconfig(&kShapes);
-    }
-    ~Ready() { _tile_release(); }
-    Ready(const Ready&) = delete;
-    Ready& operator=(const Ready&) = delete;
-  };
-
-  // Registers 0 .. 3: the result, 4 and 5: A, 6 and 7: B.
-  template <bool kBoth>
-  static void multiply_tiles(const Element* a, Int lda, Int a_step, const Element* b, Int depth, float* out, Int ldo, bool add) {
-    const Int pitch = ldo * static_cast<Int>(sizeof(float)), b_pitch = kPanel * static_cast<Int>(sizeof(Element));
-    const Int a_pitch = lda * static_cast<Int>(sizeof(Element));
-    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory
-    if (add) {
-      _tile_loadd(0, out, pitch);
-      _tile_loadd(1, out + kSide, pitch);
-      if constexpr (kBoth) {
-        _tile_loadd(2, out + kSide * ldo, pitch);
-        _tile_loadd(3, out + kSide * ldo + kSide, pitch);
-      }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (kBoth) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-    }
-    for (Int k = 0; k < depth; k += kSide) {
-      _tile_loadd(4, a, a_pitch);
-      _tile_loadd(6, b, b_pitch);
-      _tile_loadd(7, b + kSide, b_pitch);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kBoth) {
-        _tile_loadd(5, a + kSide * lda, a_pitch);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      a += a_step;
-      b += kSide * kPanel;
-    }
-    _tile_stored(0, out, pitch);
-    _tile_stored(1, out + kSide, pitch);
-    if constexpr (kBoth) {
-      _tile_stored(2, out + kSide * ldo, pitch);
-      _tile_stored(3, out + kSide * ldo + kSide, pitch);
-    }
-  }
+  using Ready = TileRegisters;
 
   // As products.h's.
   static void multiply(Int rows, const Element* a, const Element* b, Int depth, float* out, Int ldo, bool add) {
-    if (rows > kSide) return multiply_tiles<true>(a, kSide, 2 * kTile, b, depth, out, ldo, add);
-    multiply_tiles<false>(a, kSide, 2 * kTile, b, depth, out, ldo, add);
+    constexpr Int kPitch = sizeof(Element) * kSide, kStep = sizeof(Element) * 2 * kTile;
+    if (rows > kSide) return multiply_tiles<true>(a, kPitch, kStep, b, depth / kSide, out, ldo, add);
+    multiply_tiles<false>(a, kPitch, kStep, b, depth / kSide, out, ldo, add);
   }
 
   static Element* tile_row(Element* group, Int row, Int element) {
