@@ -338,8 +338,10 @@ void bind_projection(py::module_& m, const char* suffix) {
                                   static_cast<Dtype>(dtype), stride, as<T>(inverse), threads);
         }, nogil);
   m.def(name("backward").c_str(),
-        [](const Matrix& grad, const Matrix& y, Pointer inverse, Int rows, Int dim, Pointer dz, int threads) {
-          projection<T>().backward(matrix(grad), matrix(y), as<const T>(inverse), rows, dim, as<T>(dz), threads);
+        [](const Matrix& grad, const Matrix& y, Pointer inverse, Int rows, Int dim, bool parts, Pointer dz, Int part,
+           int threads) {
+          projection<T>().backward(matrix(grad), matrix(y), as<const T>(inverse), rows, dim, parts, as<void>(dz), part,
+                                   threads);
         }, nogil);
 }
 

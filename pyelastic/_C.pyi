@@ -94,14 +94,16 @@ def projection_forward_f32(
     threads: int, /,
 ) -> None: ...
 def projection_backward_f32(
-    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, threads: int, /,
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, parts: bool, dz: int,
+    part: int, threads: int, /,
 ) -> None: ...
 def projection_forward_f64(
     z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
     threads: int, /,
 ) -> None: ...
 def projection_backward_f64(
-    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, dz: int, threads: int, /,
+    grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, parts: bool, dz: int,
+    part: int, threads: int, /,
 ) -> None: ...
 
 # The CUDA kernels, where they were built (tuples: csrc/bindings_cuda.cpp; contracts: the headers of csrc/).

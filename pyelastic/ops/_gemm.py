@@ -1,4 +1,6 @@
-"""Products with float32 sums on the CPU: torch's BLAS, or our own kernels where that is MKL on a processor of AMD's.
+"""Products with float32 sums on the CPU: torch's BLAS, or our own kernels where they are faster: with AMX for bfloat16
+operands, which torch would have to convert for a float32 result, and for all where torch's BLAS is MKL on a processor of
+AMD's.
 
 There MKL runs at the speed of AVX2 at best: CONTRIBUTING.md, measured facts. Ours read 16-bit operands as they are.
 Contract of the kernels: csrc/gemm.h.
@@ -14,26 +16,34 @@ from torch import Tensor
 from pyelastic import _extension
 from pyelastic.ops._binding import DTYPES
 
-KINDS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @lru_cache(maxsize=1)
-def preferred() -> bool:
-    """Whether our own products are expected to be faster than torch's."""
-    if _extension.why_not() is not None or not torch.backends.mkl.is_available():
-        return False
+def kinds() -> tuple[torch.dtype, ...]:
+    """Dtypes of operands whose products are expected to be faster by our own kernels than by torch's."""
+    if _extension.why_not() is not None:
+        return ()
     extension = _extension.load()
-    return not extension.is_intel() and extension.gemm_room(1, 1) >= 0
+    if extension.isa() == "amx":
+        return (torch.bfloat16,)
+    if not torch.backends.mkl.is_available() or extension.is_intel() or extension.gemm_room(1, 1) < 0:
+        return ()
+    return (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether our own products read this operand as it is; others ``multiply`` converts at each call."""
-    return x.dtype in KINDS and x.device.type == "cpu" and 1 in x.stride() and preferred()
+def narrow_only() -> bool:
+    """Whether bfloat16 is so much faster than float32 that two parts of a float32 operand are worth it."""
+    return kinds() == (torch.bfloat16,)
+
+
+def takes(x: Tensor, beside: torch.dtype) -> bool:
+    """Whether our own products read this operand as it is beside one of another dtype; else ``multiply`` converts it at
+    each call."""
+    return x.dtype in kinds() and beside in kinds() and x.device.type == "cpu" and 1 in x.stride()
 
 
 def _own(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether ``multiply`` of these takes our own products."""
-    return out.dtype == torch.float32 and out.is_contiguous() and takes(a) and takes(b)
+    return out.dtype == torch.float32 and out.is_contiguous() and takes(a, b.dtype) and takes(b, a.dtype)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, step: int | None = None) -> None:

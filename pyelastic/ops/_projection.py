@@ -83,11 +83,11 @@ class Kernels:
 
     def operand(self, weight: Tensor, other: Tensor) -> Tensor:
         """A weight as ``add_product`` takes it beside ``other``, converted once for all chunks."""
-        return weight if _keeps_16_bits(weight, other) else self.converted(weight)
+        return weight if _keeps_16_bits(weight, other) else self.converted(weight, other.dtype)
 
-    def converted(self, weight: Tensor) -> Tensor:
-        """The same beside an operand of the compute type."""
-        return weight if self.dtype == torch.float32 and _gemm.takes(weight) else weight.to(self.dtype)
+    def converted(self, weight: Tensor, beside: torch.dtype) -> Tensor:
+        """The same on the CPU, or beside an operand of another dtype than the weight's."""
+        return weight if self.dtype == torch.float32 and _gemm.takes(weight, beside) else weight.to(self.dtype)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         """out (+)= a @ b in the compute type; ``fresh``: out holds nothing yet."""
@@ -177,7 +177,8 @@ def backward(
     split = k.splits and all(t is not None and t.dtype == torch.bfloat16 for t in multiplied)
     w, r_w = weight, residual_weight
     if not split:
-        w, r_w = k.converted(weight), None if residual_weight is None else k.converted(residual_weight)
+        w = k.converted(weight, k.dtype)
+        r_w = None if residual_weight is None else k.converted(residual_weight, k.dtype)
     parts_dtype = torch.bfloat16 if split else k.dtype
     dz = torch.empty(1 + split, min(rows, k.most), d_out, dtype=parts_dtype, device=x.device)
     rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]

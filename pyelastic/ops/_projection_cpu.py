@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyelastic import _extension
+from pyelastic.ops import _gemm
 from pyelastic.ops._binding import DTYPES, pointer
 from pyelastic.ops._projection import Kernels
 
@@ -24,6 +25,7 @@ class CpuKernels(Kernels):
         self._forward = getattr(extension, f"projection_forward{suffix}")
         self._backward = getattr(extension, f"projection_backward{suffix}")
         self.threads = torch.get_num_threads()
+        self.splits = self.dtype == torch.float32 and _gemm.narrow_only()
 
     def forward(
         self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
@@ -33,4 +35,7 @@ class CpuKernels(Kernels):
         )
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
-        self._backward(_matrix(grad), _matrix(y), pointer(inverse), *dz.shape[1:], dz.data_ptr(), self.threads)
+        self._backward(
+            _matrix(grad), _matrix(y), pointer(inverse), *dz.shape[1:], dz.shape[0] == 2, dz.data_ptr(), dz.stride(0),
+            self.threads,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ SIZES = [(1, 1, 1), (1, 40, 300), (40, 1, 7), (12, 32, 256), (13, 33, 257)]
 SIZES += [(100, 700, 90), (700, 100, 90), (30, 50, 1100)]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 DTYPES += [(torch.float16, torch.float32)]
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.require("cpu")
     if _extension.load().gemm_room(1, 1) < 0:
         pytest.skip("this instruction set has no products of ours")
-    monkeypatch.setattr(_gemm, "preferred", lambda: True)
+    monkeypatch.setattr(_gemm, "kinds", lambda: KINDS)
 
 
 def turned(x: Tensor, turn: bool) -> Tensor:
@@ -79,7 +80,7 @@ def test_no_depth_is_zero_or_what_was_there() -> None:
 
 def test_an_operand_without_unit_stride_is_converted() -> None:
     a, b, out = torch.randn(40, 20)[::2, ::2], torch.randn(10, 30, dtype=torch.bfloat16), torch.empty(20, 30)
-    assert not _gemm.takes(a) and _gemm.takes(b)
+    assert not _gemm.takes(a, b.dtype) and _gemm.takes(b, a.dtype)
     _gemm.multiply(a, b, out)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
@@ -96,7 +97,7 @@ def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("own", (False, True))
 def test_margin_softmax_with_either(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's choice is tested everywhere else, the other one here."""
-    monkeypatch.setattr(_gemm, "preferred", lambda: own)
+    monkeypatch.setattr(_gemm, "kinds", lambda: KINDS if own else ())
     e, w, labels = torch.randn(33, 48), torch.randn(1000, 48), torch.randint(0, 1000, (33,))
     found = []
     for backend in ("cpu", "eager"):
