@@ -213,30 +213,29 @@ void apply(const FiraProblem& p, const ReadA& a, const ReadB& b, const FiraWeigh
     pack_a<Kind>(true, a, first, last - first, 0, p.rank, packed + first * elements, elements * kGroup);
   });
   // CPUs with AMX have 2 MB of L2.
-  const Cut blocks(columns, least((Kind::tiled ? 2 : 1) * kBlockElements / elements, 1024), kPanel, threads);
+  const Cut blocks(columns, (Kind::tiled ? 2 : 1) * kBlockElements / elements, kPanel, threads);
   parallel_for(blocks.parts, 1, threads, [&](Int begin, Int end) {
     const Int most = blocks.widest();
     const typename Kind::Ready ready;
-    const Int pitch = most + kOdd;
-    Room own(Room::bytes<Element>(most * elements) + Room::bytes<float>(kGroup * pitch));
+    constexpr Int kPitch = kSegment + kOdd;
+    Room own(Room::bytes<Element>(most * elements) + Room::bytes<float>(kGroup * kPitch));
     Element* const panels = own.take<Element>(most * elements);
-    float* const t = own.take<float>(kGroup * pitch);  // [kGroup, pitch]
+    float* const t = own.take<float>(kGroup * kPitch);  // [kGroup, kPitch], in L1
     for (Int block = begin; block < end; ++block) {
       const Int at = blocks.first(block), count = blocks.first(block + 1) - at;
       pack_across<Kind, kPanel>(b, at, count, 0, p.rank, panels, elements * kPanel);
       for (Int row = 0; row < rows; row += kGroup) {
-        const Int calls = ceil_div(count, kPanel), height = least(kGroup, rows - row);
-        Ahead weights(x.w, x.w_dtype, x.w_stride, row, height, at, count, calls);
-        Ahead gradients(x.g, x.w_dtype, x.g_stride, row, height, at, count, calls);
-        for (Int j = 0; j < count; j += kPanel) {
-          weights.fetch();
-          gradients.fetch();
-          multiply<Kind>(height, packed + row * elements, panels + j * elements, elements, t + j, pitch, false);
-        }
-        for (Int i = 0; i < height; ++i) {
-          for (Int j = 0; j < count; j += kSegment) {
-            write_segment(x, row + i, at + j, least(kSegment, count - j), t + i * pitch + j);
+        const Int height = least(kGroup, rows - row);
+        for (Int from = 0; from < count; from += kSegment) {
+          const Int width = least(kSegment, count - from), calls = ceil_div(width, kPanel);
+          Ahead weights(x.w, x.w_dtype, x.w_stride, row, height, at + from, width, calls);
+          Ahead gradients(x.g, x.w_dtype, x.g_stride, row, height, at + from, width, calls);
+          for (Int j = 0; j < width; j += kPanel) {
+            weights.fetch();
+            gradients.fetch();
+            multiply<Kind>(height, packed + row * elements, panels + (from + j) * elements, elements, t + j, kPitch, false);
           }
+          for (Int i = 0; i < height; ++i) write_segment(x, row + i, at + from, width, t + i * kPitch);
         }
       }
     }

@@ -1,8 +1,8 @@
-"""Products with float32 sums on the CPU: torch's BLAS, or our own kernels where they are faster: with AMX for bfloat16
-operands, which torch would have to convert for a float32 result, and for all where torch's BLAS is MKL on a processor of
-AMD's.
+"""Products with float32 sums on the CPU: torch's BLAS, or our own kernels where they are faster.
 
-There MKL runs at the speed of AVX2 at best: CONTRIBUTING.md, measured facts. Ours read 16-bit operands as they are.
+With AMX that is for bfloat16 operands, which have to be converted where torch is to give float32, and for all where
+torch's BLAS is MKL on a processor of AMD's. There MKL runs at the speed of AVX2 at best: CONTRIBUTING.md, measured
+facts. Ours read 16-bit operands as they are.
 Contract of the kernels: csrc/gemm.h.
 """
 
