@@ -338,10 +338,9 @@ void bind_projection(py::module_& m, const char* suffix) {
                                   static_cast<Dtype>(dtype), stride, as<T>(inverse), threads);
         }, nogil);
   m.def(name("backward").c_str(),
-        [](const Matrix& grad, const Matrix& y, Pointer inverse, Int rows, Int dim, bool parts, Pointer dz, Int part,
+        [](const Matrix& grad, const Matrix& y, Pointer inverse, Int rows, Int dim, bool parts, Pointer dz,
            int threads) {
-          projection<T>().backward(matrix(grad), matrix(y), as<const T>(inverse), rows, dim, parts, as<void>(dz), part,
-                                   threads);
+          projection<T>().backward(matrix(grad), matrix(y), as<const T>(inverse), rows, dim, parts, as<void>(dz), threads);
         }, nogil);
 }
 

@@ -34,9 +34,9 @@ struct ProjectionKernels {
   void (*forward)(const T* z, const T* bias, MatrixView residual, std::int64_t rows, std::int64_t dim, void* out,
                   Dtype dtype, std::int64_t stride, T* inverse, int threads);
   // dz [rows, dim] contiguous from grad and y; inverse null: not normalised, y is not read. parts: dz is bfloat16,
-  // [2, rows, dim] with the second part `part` elements after the first: dz rounded, and what that leaves; else T.
+  // [rows, 2, dim]: dz rounded, and what that leaves; else T.
   void (*backward)(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows, std::int64_t dim, bool parts,
-                   void* dz, std::int64_t part, int threads);
+                   void* dz, int threads);
 };
 
 #define PYELASTIC_DECLARE(ISA)                              \
@@ -57,7 +57,8 @@ using Stream = void*;
 
 void projection_forward(const float* z, const float* bias, MatrixView residual, std::int64_t rows, std::int64_t dim,
                         void* out, Dtype dtype, std::int64_t stride, float* inverse, Stream stream);
-// parts: as above.
+// parts: dz is bfloat16, [2, rows, dim] with the second part `part` elements after the first: dz rounded, and what that
+// leaves; else float.
 void projection_backward(MatrixView grad, MatrixView y, const float* inverse, std::int64_t rows, std::int64_t dim,
                          bool parts, void* dz, std::int64_t part, Stream stream);
 

@@ -95,7 +95,7 @@ def projection_forward_f32(
 ) -> None: ...
 def projection_backward_f32(
     grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, parts: bool, dz: int,
-    part: int, threads: int, /,
+    threads: int, /,
 ) -> None: ...
 def projection_forward_f64(
     z: int, bias: int, residual: tuple[int, int, int], rows: int, dim: int, out: tuple[int, int, int], inverse: int,
@@ -103,7 +103,7 @@ def projection_forward_f64(
 ) -> None: ...
 def projection_backward_f64(
     grad: tuple[int, int, int], y: tuple[int, int, int], inverse: int, rows: int, dim: int, parts: bool, dz: int,
-    part: int, threads: int, /,
+    threads: int, /,
 ) -> None: ...
 
 # The CUDA kernels, where they were built (tuples: csrc/bindings_cuda.cpp; contracts: the headers of csrc/).

@@ -37,21 +37,21 @@ void forward(const T* z, const T* bias, MatrixView residual, std::int64_t rows, 
   });
 }
 
-// dz of a row: rounded to bfloat16 and what that leaves, or as it is.
+// Row i of dz: as it is, or rounded to bfloat16 and then what that leaves.
 template <class T>
-void store_parts(const T* row, std::int64_t dim, std::int64_t at, bool parts, void* dz, std::int64_t part) {
-  if (!parts) return write_row(row, dim, dz, sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64, at);
-  auto* const to = static_cast<std::uint16_t*>(dz) + at;
+void store_parts(const T* row, std::int64_t dim, std::int64_t i, bool parts, void* dz) {
+  if (!parts) return write_row(row, dim, dz, sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64, i * dim);
+  auto* const to = static_cast<std::uint16_t*>(dz) + i * 2 * dim;
   for (std::int64_t k = 0; k < dim; ++k) {
     const float value = static_cast<float>(row[k]);
     to[k] = float_to_bfloat16(value);
-    to[part + k] = float_to_bfloat16(value - bfloat16_to_float(to[k]));
+    to[dim + k] = float_to_bfloat16(value - bfloat16_to_float(to[k]));
   }
 }
 
 template <class T>
 void backward(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows, std::int64_t dim, bool parts, void* dz,
-              std::int64_t part, int threads) {
+              int threads) {
   parallel_for(rows, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     Room room(3 * Room::bytes<T>(dim));
     T* const g_room = room.take<T>(dim);
@@ -60,14 +60,14 @@ void backward(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows
     for (std::int64_t i = begin; i < end; ++i) {
       const T* g = read_row(grad.data, grad.dtype, i * grad.stride, dim, g_room);
       if (inverse == nullptr) {
-        store_parts(g, dim, i * dim, parts, dz, part);
+        store_parts(g, dim, i, parts, dz);
         continue;
       }
       const T* u = read_row(y.data, y.dtype, i * y.stride, dim, y_room);
       // 0.999: the largest inverse, rounded to float; there the norm is constant.
       const T along = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm ? T(0) : static_cast<T>(dot_in_double(g, u, dim));
       for (std::int64_t k = 0; k < dim; ++k) d[k] = (g[k] - along * u[k]) * inverse[i];
-      store_parts(d, dim, i * dim, parts, dz, part);
+      store_parts(d, dim, i, parts, dz);
     }
   });
 }

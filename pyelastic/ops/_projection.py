@@ -53,6 +53,8 @@ class Kernels:
     # Whether dz can be two bfloat16 parts, hi + lo, with 16 bits of mantissa: then the backward's products take 16-bit
     # operands. Not for float16, whose range a gradient leaves.
     splits = False
+    # Whether the two parts of a row lie beside each other: one product of twice the depth or rows for both.
+    joins = False
 
     def __init__(self, x: Tensor) -> None:
         self.dtype = statistics_dtype(x)
@@ -78,7 +80,7 @@ class Kernels:
         raise NotImplementedError
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
-        """grad, y [n, d] -> dz [1, n, d], or its two parts [2, n, d]."""
+        """grad, y [n, d] -> dz [1, n, d], or its two parts [2, n, d], joined [1, n, 2 d]."""
         raise NotImplementedError
 
     def operand(self, weight: Tensor, other: Tensor) -> Tensor:
@@ -169,18 +171,29 @@ def backward(
     def empty(needed: bool, *shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
         return torch.empty(shape if needed else (0,), dtype=dtype, device=x.device)
 
-    d_x = empty(need_x, *x.shape, dtype=x.dtype)
-    d_w, d_b = empty(need_w, *weight.shape).zero_(), empty(need_b, d_out).zero_()
-    d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
-    d_rw = empty(need_rw) if residual_weight is None else empty(need_rw, *residual_weight.shape).zero_()
     multiplied = [x, weight] if residual_weight is None else [x, weight, residual, residual_weight]
     split = k.splits and all(t is not None and t.dtype == torch.bfloat16 for t in multiplied)
+    joined = 2 if split and k.joins else 1
+
+    def unjoined(t: Tensor, dim: int = 0) -> Tensor:
+        """The sum of both parts, of what is twice as wide as d_out for them."""
+        return t.unflatten(dim, (joined, d_out)).sum(dim, dtype=k.dtype) if joined == 2 else t
+
+    d_x = empty(need_x, *x.shape, dtype=x.dtype)
+    d_w, d_b = empty(need_w, joined * d_out, x.shape[1]).zero_(), empty(need_b, d_out).zero_()
+    d_r = empty(need_r) if residual is None else empty(need_r, *residual.shape, dtype=residual.dtype)
+    d_rw = empty(need_rw)
+    if need_rw and residual_weight is not None:
+        d_rw = empty(True, joined * d_out, residual_weight.shape[1]).zero_()
     w, r_w = weight, residual_weight
     if not split:
         w = k.converted(weight, k.dtype)
         r_w = None if residual_weight is None else k.converted(residual_weight, k.dtype)
+    if joined == 2:
+        w, r_w = torch.cat((w, w)), None if r_w is None else torch.cat((r_w, r_w))
     parts_dtype = torch.bfloat16 if split else k.dtype
-    dz = torch.empty(1 + split, min(rows, k.most), d_out, dtype=parts_dtype, device=x.device)
+    parts = (1 + split) // joined
+    dz = torch.empty(parts, min(rows, k.most), joined * d_out, dtype=parts_dtype, device=x.device)
     rounded = [g.shape[1] for g in (d_x, d_r) if g.ndim == 2 and g.dtype != k.dtype]
     room = torch.empty(dz.shape[1] * max(rounded, default=0), dtype=k.dtype, device=x.device)
     for part in chunks(rows, k.rows):
@@ -191,17 +204,18 @@ def backward(
         if need_w:
             _add_products(k, d_w, d, x[part])
         if need_b:
-            d_b += d.sum((0, 1), dtype=k.dtype) if split else d[0].sum(0)
+            d_b += unjoined(d.sum((0, 1), dtype=k.dtype)) if split else d[0].sum(0)
         if residual is not None and need_r:
             if r_w is not None:
                 _store_product(k, d_r[part], d, r_w, room)
             else:  # the first part is what rounding leaves
-                d_r[part] = d[0] if d_r.dtype == d.dtype or not split else d.sum(0, dtype=k.dtype)
+                whole = joined == 1 and (d_r.dtype == d.dtype or not split)
+                d_r[part] = d[0] if whole else unjoined(d.sum(0, dtype=k.dtype), 1)
         if residual is not None and need_rw:
             _add_products(k, d_rw, d, residual[part])
     if kept is not None:
         d_x, d_r = (g.new_zeros(total, g.shape[1]).index_copy_(0, kept, g) if g.ndim == 2 else g for g in (d_x, d_r))
-    return [d_x, d_w, d_b, d_r, d_rw]
+    return [d_x, unjoined(d_w) if need_w else d_w, d_b, d_r, unjoined(d_rw) if need_rw else d_rw]
 
 
 def _add_products(k: Kernels, out: Tensor, dz: Tensor, x: Tensor) -> None:
@@ -225,5 +239,7 @@ def _compact(k: Kernels, grad: Tensor, bound: int) -> Tensor | None:
         if not 0 <= bound < COMPACT_BELOW * grad.shape[0]:
             return None
         return torch.argsort((grad != 0).any(1), descending=True, stable=True)[:bound]
-    some = (grad != 0).any(1)
+    if grad.shape[1] == 0:
+        return None
+    some = (grad.amax(1) != 0).logical_or_(grad.amin(1) != 0)  # half the time of any(), and no temporary of grad's size
     return some.nonzero()[:, 0] if int(some.sum()) < COMPACT_BELOW * len(some) else None

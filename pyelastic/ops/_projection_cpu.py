@@ -25,7 +25,7 @@ class CpuKernels(Kernels):
         self._forward = getattr(extension, f"projection_forward{suffix}")
         self._backward = getattr(extension, f"projection_backward{suffix}")
         self.threads = torch.get_num_threads()
-        self.splits = self.dtype == torch.float32 and _gemm.narrow_only()
+        self.splits = self.joins = self.dtype == torch.float32 and _gemm.narrow_only()
 
     def forward(
         self, z: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, inverse: Tensor | None
@@ -35,7 +35,7 @@ class CpuKernels(Kernels):
         )
 
     def backward(self, grad: Tensor, y: Tensor, inverse: Tensor | None, dz: Tensor) -> None:
+        parts = dz.dtype != self.dtype
         self._backward(
-            _matrix(grad), _matrix(y), pointer(inverse), *dz.shape[1:], dz.shape[0] == 2, dz.data_ptr(), dz.stride(0),
-            self.threads,
-        )  # fmt: skip
+            _matrix(grad), _matrix(y), pointer(inverse), *grad.shape, parts, dz.data_ptr(), self.threads
+        )
