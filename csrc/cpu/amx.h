@@ -11,9 +11,9 @@ namespace pyelastic {
 namespace PYELASTIC_ISA {
 namespace {
 
-constexpr int kTileRows = 16;    // of a register
-constexpr int kTileColumns = 32; // of the result in four registers, and rows
-constexpr int kTileDepth = 32;   // of one instruction
+constexpr int kTileRows = 16;     // of a register
+constexpr int kTileColumns = 32;  // and rows of a result in four registers
+constexpr int kTileDepth = 32;    // of one instruction
 
 // The registers' shapes. They are a thread's own: it sets them before its first product, and lets go of them so that the
 // kernel need not save them.
