@@ -28,6 +28,17 @@ def displacement(got: torch.Tensor, want: torch.Tensor, start: torch.Tensor) -> 
     return float((got - want).norm() / (want - start).norm())
 
 
+def svd_bound(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """How far the first singular vectors of two float32 SVDs may be apart, which is another LAPACK's choice.
+
+    A backward error of c eps sigma_1 turns vector k by at most c eps sigma_1 / gap_k (Wedin). c is 12 for each:
+    the golden data's are off by 8.2 at most from the float64 vectors, MKL's on a Xeon by 5.5.
+    """
+    sigma = torch.linalg.svdvals(matrix.double())
+    gaps = (sigma[:, None] - sigma).abs().fill_diagonal_(float("inf"))
+    return 2 * 12 * 2.0**-24 * sigma[0] / gaps.min(1).values[:rank]
+
+
 @over_backends
 @pytest.mark.parametrize("name", ["fira_alpha0.25_wd0.1", "fira_alpha1.0_wd0.0"])
 def test_golden_with_own_svd(backend: str, name: str) -> None:
@@ -46,8 +57,9 @@ def test_golden_with_own_svd(backend: str, name: str) -> None:
         for p, key in zip(params, ("w0", "w1", "w2", "w3", "b"), strict=True):
             assert displacement(p.detach(), data[f"{key}_after{t}"], data[f"{key}_init"]) < PARITY, (key, t)
         for i in range(4):
-            stored = optimizer.state[params[i]]["projector"]
-            assert torch.allclose(stored, data[f"w{i}_projector{t // 5 * 5}"], atol=1e-5)
+            stored, want = optimizer.state[params[i]]["projector"], data[f"w{i}_projector{t // 5 * 5}"]
+            apart = (stored.double() - want.double()).norm(dim=stored.shape.index(max(stored.shape)))
+            assert (apart <= svd_bound(data[f"w{i}_grad{t // 5 * 5}"], len(apart))).all()
 
 
 def official_groups(params: list[nn.Parameter], alpha: float, proj_type: str) -> list[dict[str, Any]]:
