@@ -221,7 +221,7 @@ PYELASTIC_INLINE void take(const Unit<T>& u, const Running<T>& run, int plane, i
 }
 
 // Kept tokens from .. to of document j, in rows.
-template <class T, class E>
+template <class E>
 struct Stretch {
   std::int64_t j, from, to;
   const E* rows;
@@ -230,7 +230,7 @@ struct Stretch {
 
 // The blocks of group g against a stretch of tokens.
 template <class T, class E>
-void sweep(const Unit<T>& u, std::int64_t g, const Stretch<T, E>& d) {
+void sweep(const Unit<T>& u, std::int64_t g, const Stretch<E>& d) {
   const MaxSimProblem& p = u.p;
   const std::int64_t count = d.to - d.from, stride = d.stride;
   const std::int32_t* positions = u.positions + d.from;
@@ -295,7 +295,7 @@ bool take_finite(const Running<float>& run, const float* s, std::int64_t rows, c
 
 // sweep by tiles: 32 or 16 tokens at a time. The last tile may begin before the tokens that are left: what it shares with the
 // one before is not taken again.
-void sweep_tiles(const Unit<float>& u, std::int64_t g, const Stretch<float, std::uint16_t>& d) {
+void sweep_tiles(const Unit<float>& u, std::int64_t g, const Stretch<std::uint16_t>& d) {
   const MaxSimProblem& p = u.p;
   const std::int64_t count = d.to - d.from, pitch = d.stride * 2;
   const std::int32_t* positions = u.positions + d.from;
@@ -346,7 +346,7 @@ void meet(const Unit<T>& u, std::int64_t g, std::int64_t j, std::int64_t from, s
   const std::int64_t begin = p.d.offsets[j];
   const std::int32_t* positions = u.positions + from;
   const bool run_of_tokens = positions[to - from - 1] - positions[0] == to - from - 1;
-  Stretch<T, E> d{j, from, to, static_cast<const E*>(p.d.data) + (begin + positions[0]) * p.d.stride, p.d.stride};
+  Stretch<E> d{j, from, to, static_cast<const E*>(p.d.data) + (begin + positions[0]) * p.d.stride, p.d.stride};
   if (!in_place_as<E>(p.d) || !run_of_tokens) {
     E* const tile = static_cast<E*>(u.tile);
     for (std::int64_t n = from; n < to; ++n) {

@@ -37,11 +37,9 @@ void forward(const T* z, const T* bias, MatrixView residual, std::int64_t rows, 
   });
 }
 
-// Row i of dz: as it is, or rounded to bfloat16 and then what that leaves.
+// A row of dz rounded to bfloat16, and behind it what that leaves.
 template <class T>
-void store_parts(const T* row, std::int64_t dim, std::int64_t i, bool parts, void* dz) {
-  if (!parts) return write_row(row, dim, dz, sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64, i * dim);
-  auto* const to = static_cast<std::uint16_t*>(dz) + i * 2 * dim;
+void store_parts(const T* row, std::int64_t dim, std::uint16_t* to) {
   for (std::int64_t k = 0; k < dim; ++k) {
     const float value = static_cast<float>(row[k]);
     to[k] = float_to_bfloat16(value);
@@ -56,18 +54,20 @@ void backward(MatrixView grad, MatrixView y, const T* inverse, std::int64_t rows
     Room room(3 * Room::bytes<T>(dim));
     T* const g_room = room.take<T>(dim);
     T* const y_room = room.take<T>(dim);
-    T* const d = room.take<T>(dim);
+    T* const whole = room.take<T>(dim);
     for (std::int64_t i = begin; i < end; ++i) {
       const T* g = read_row(grad.data, grad.dtype, i * grad.stride, dim, g_room);
+      T* const d = parts ? whole : static_cast<T*>(dz) + i * dim;
       if (inverse == nullptr) {
-        store_parts(g, dim, i, parts, dz);
-        continue;
+        for (std::int64_t k = 0; k < dim; ++k) d[k] = g[k];
+      } else {
+        const T* u = read_row(y.data, y.dtype, i * y.stride, dim, y_room);
+        // 0.999: the largest inverse, rounded to float; there the norm is constant.
+        const bool clamped = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm;
+        const T along = clamped ? T(0) : static_cast<T>(dot_in_double(g, u, dim));
+        for (std::int64_t k = 0; k < dim; ++k) d[k] = (g[k] - along * u[k]) * inverse[i];
       }
-      const T* u = read_row(y.data, y.dtype, i * y.stride, dim, y_room);
-      // 0.999: the largest inverse, rounded to float; there the norm is constant.
-      const T along = static_cast<double>(inverse[i]) >= 0.999 / kZeroNorm ? T(0) : static_cast<T>(dot_in_double(g, u, dim));
-      for (std::int64_t k = 0; k < dim; ++k) d[k] = (g[k] - along * u[k]) * inverse[i];
-      store_parts(d, dim, i, parts, dz);
+      if (parts) store_parts(d, dim, static_cast<std::uint16_t*>(dz) + i * 2 * dim);
     }
   });
 }

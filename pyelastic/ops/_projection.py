@@ -88,7 +88,7 @@ class Kernels:
         return weight if _keeps_16_bits(weight, other) else self.converted(weight, other.dtype)
 
     def converted(self, weight: Tensor, beside: torch.dtype) -> Tensor:
-        """The same on the CPU, or beside an operand of another dtype than the weight's."""
+        """The same for ``_gemm.multiply``, beside an operand of dtype ``beside``."""
         return weight if self.dtype == torch.float32 and _gemm.takes(weight, beside) else weight.to(self.dtype)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
